@@ -1,0 +1,321 @@
+"""Computational graphs of architectures (paper § 3, Table 1) and padded batches of them.
+
+`build_graph` goes straight from an architecture to its graph in NumPy; no network is built or
+traced. `pad_graphs` joins graphs to one padded `jraph.GraphsTuple`, so that every meta-batch has
+the same static shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jraph
+import numpy as np
+
+from ghn_jax.architecture import Architecture
+from ghn_jax.wiring import IMAGE, Operation, Wiring, head_nodes, operation_nodes, wire
+
+# The 15 primitives of Table 1; a primitive's id is its position (the authors' order).
+PRIMITIVES = (
+    "max_pool",
+    "avg_pool",
+    "sep_conv",
+    "dil_conv",
+    "conv",
+    "msa",
+    "cse",
+    "sum",
+    "concat",
+    "input",
+    "bias",
+    "bn",
+    "ln",
+    "pos_enc",
+    "glob_avg",
+)
+PRIMITIVE_ID = {name: i for i, name in enumerate(PRIMITIVES)}
+PADDING_ID = len(PRIMITIVES)  # the embedding's dummy row (B.2.1)
+
+# Nodes that one step of the GatedGNN's sweep updates at once, at most (see `_schedule`).
+SWEEP_WIDTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """The computational graph of one network, nodes in a topological order, cell by cell.
+
+    Attributes:
+      primitives: (N,) int32, ids into `PRIMITIVES`.
+      edges: (M, 3) int32: source, target, length of the shortest directed path from source to
+        target. Length 1 is a real edge, more a virtual one (§ 4.2).
+      param_shapes: N shapes in PyTorch's order (out, in, height, width), None without parameters;
+        pooling nodes carry their kernel as (1, 1, 3, 3).
+      names: N official parameter names ('cells.0._ops.1.op.1.weight'), or the primitive's name.
+      cells: (N,) int32, the cell that each node is counted to.
+    """
+
+    primitives: np.ndarray
+    edges: np.ndarray
+    param_shapes: list[tuple[int, ...] | None]
+    names: list[str]
+    cells: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.primitives)
+
+
+class _GraphBuilder:
+    """Expands a wiring's operations to nodes and follows tensors to the nodes that make them."""
+
+    def __init__(self, wiring: Wiring):
+        self.wiring = wiring
+        self.rows: list[tuple[str, str, tuple[int, ...] | None, int, list[int]]] = []
+        self.writers: dict[int, list[Operation]] = {}
+        for op in wiring.operations:
+            for state in op.output:
+                self.writers.setdefault(state, []).append(op)
+        self.output_of: dict[int, int] = {}  # id(operation) -> its last node
+        self.node_of: dict[int, int] = {}  # state -> node
+        self.concat_of: dict[tuple, int] = {}  # feature -> node
+
+    def add(self, primitive: str, name: str, shape, cell: int, sources: list[int]) -> int:
+        if not name:
+            # As in the official files: without a parameter of its own, a node counts to the cell
+            # of what it reads.
+            cell = max((self.rows[s][3] for s in sources), default=0)
+        self.rows.append((primitive, name, shape, cell, sorted(set(sources))))
+        return len(self.rows) - 1
+
+    def expand(self, nodes, cell: int, source: int) -> int:
+        """Adds an operation's nodes; returns the last, or `source` if there are none."""
+        first = len(self.rows)
+        for node in nodes:
+            sources = [source if s < 0 else first + s for s in node.sources]
+            self.add(node.primitive, node.name, node.shape, cell, sources)
+        return len(self.rows) - 1 if nodes else source
+
+    def _tensor(self, state: int):
+        """What a state is before sums are removed; an identity is the tensor that it passes on."""
+        writers = self.writers.get(state, [])
+        if len(writers) == 1 and not operation_nodes(writers[0], self.wiring):
+            return self._tensor(writers[0].inputs[0])
+        return state
+
+    def state(self, state: int) -> int:
+        """The node that a state is read from; a `sum` where two tensors meet."""
+        if state not in self.node_of:
+            writers = self.writers[state]
+            sources = [self.output_of[id(op)] for op in writers]
+            # Two identities of one tensor add it to itself: one edge comes in, so no node.
+            tensors = {
+                self._tensor(op.inputs[0]) if not operation_nodes(op, self.wiring) else id(op)
+                for op in writers
+            }
+            if len(tensors) > 1:
+                node = self.add("sum", "", None, 0, sources)
+            else:
+                node = sources[0]
+            self.node_of[state] = node
+        return self.node_of[state]
+
+    def feature(self, feature) -> int:
+        """The node that a feature is read from; a `concat` where two nodes or more meet."""
+        if feature not in self.concat_of:
+            parts = [s for s in feature if s is not None]
+            sources = {self.state(s) for s in parts}
+            if len(sources) > 1:
+                node = self.add("concat", "", None, 0, list(sources))
+            else:
+                node = sources.pop()
+            self.concat_of[feature] = node
+        return self.concat_of[feature]
+
+    def build(self) -> list:
+        wiring = self.wiring
+        self.node_of[IMAGE] = self.add("input", "", None, 0, [])
+        for op in wiring.operations:
+            last = self.expand(operation_nodes(op, wiring), op.cell, self.feature(op.inputs))
+            self.output_of[id(op)] = last
+        last_cell = wiring.arch.n_cells - 1
+        self.expand(head_nodes(wiring.head), last_cell, self.feature(wiring.head.feature))
+        return self.rows
+
+
+def _distances(sources: list[list[int]], cutoff: int) -> np.ndarray:
+    """(N, N) shortest directed path lengths, [target, source]; 0 where none or beyond cutoff."""
+    n = len(sources)
+    far = np.int32(n + 1)
+    distance = np.full((n, n), far, np.int32)
+    for node, from_ in enumerate(sources):  # topological order: every source is finished
+        if from_:
+            distance[node] = distance[from_].min(0) + 1
+        distance[node, node] = 0
+    distance[distance > min(cutoff, n)] = 0
+    return distance
+
+
+def build_graph(
+    arch: Architecture,
+    virtual_edges: int = 50,
+    *,
+    num_classes: int = 10,
+    image_size: int = 32,
+) -> Graph:
+    """Builds the computational graph of an architecture (§ 3).
+
+    Args:
+      arch: the architecture.
+      virtual_edges: s^(max) of Eq. 4: nodes are joined along shortest paths up to this length; 1
+        gives the real edges only.
+      num_classes, image_size: of the network; they set the shapes of the classifier, and the stem
+        where images are larger than 96 pixels.
+
+    Raises:
+      DisconnectedError: no path leads from the images to the logits.
+      ValueError: an argument is out of range.
+    """
+    if virtual_edges < 1:
+        raise ValueError(f"virtual_edges is {virtual_edges}; allowed: 1 (real edges only) or more")
+    rows = _GraphBuilder(wire(arch, num_classes=num_classes, image_size=image_size)).build()
+    # Cells contiguous, as in the official files; a concat belongs to the cell it ends.
+    order = sorted(range(len(rows)), key=lambda i: rows[i][3])
+    place = {old: new for new, old in enumerate(order)}
+    rows = [rows[i] for i in order]
+    sources = [sorted(place[s] for s in row[4]) for row in rows]
+    distance = _distances(sources, virtual_edges).T
+    from_, to = np.nonzero(distance)
+    return Graph(
+        primitives=np.array([PRIMITIVE_ID[row[0]] for row in rows], np.int32),
+        edges=np.stack([from_, to, distance[from_, to]], 1).astype(np.int32),
+        param_shapes=[row[2] for row in rows],
+        names=[row[1] or row[0] for row in rows],
+        cells=np.array([row[3] for row in rows], np.int32),
+    )
+
+
+# --- Padded batches -------------------------------------------------------------------------------
+
+
+def _shape_code(shape: tuple[int, ...] | None) -> tuple[int, int, int, int]:
+    """A parameter shape as (out, in, height, width); missing dimensions are 1 (B.1)."""
+    return (0, 0, 0, 0) if shape is None else (*shape, 1, 1, 1)[:4]
+
+
+def _levels(n_node: int, from_: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """(N,) length of the longest path of real edges that ends in each node."""
+    order = np.argsort(to, kind="stable")
+    level = np.zeros(n_node, np.int32)
+    for s, t in zip(from_[order].tolist(), to[order].tolist(), strict=True):
+        if level[s] >= level[t]:
+            level[t] = level[s] + 1
+    return level
+
+
+def _schedule(levels: np.ndarray, padding: int) -> np.ndarray:
+    """(steps, SWEEP_WIDTH) nodes to update at each step of a sweep, `padding` where there is none.
+
+    The GatedGNN updates a node after all those it hears from. Nodes on one topological level do
+    not hear each other, so they are updated together; a wide level takes several steps.
+    """
+    order = np.argsort(levels, kind="stable")
+    sorted_levels = levels[order]
+    starts = np.flatnonzero(np.r_[True, sorted_levels[1:] != sorted_levels[:-1]])
+    within = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+    steps_before = np.cumsum(np.r_[0, -(-np.diff(np.r_[starts, len(order)]) // SWEEP_WIDTH)])
+    level_index = np.cumsum(np.r_[False, sorted_levels[1:] != sorted_levels[:-1]])
+    step = steps_before[level_index] + within // SWEEP_WIDTH
+    rows = np.full((int(steps_before[-1]), SWEEP_WIDTH), padding, np.int32)
+    rows[step, within % SWEEP_WIDTH] = order
+    return rows
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def pad_graphs(
+    graphs: Sequence[Graph],
+    n_node: int | None = None,
+    n_edge: int | None = None,
+    *,
+    n_step: int | None = None,
+) -> jraph.GraphsTuple:
+    """Joins graphs to one padded graph of static shape, in jraph's convention.
+
+    The last graph of the result is the padding: it owns the nodes and edges that fill up to
+    (n_node, n_edge), one node at least, so graph i of the input is graph i of the result.
+
+    Args:
+      graphs: the graphs of a meta-batch.
+      n_node, n_edge: number of nodes (at least one more than the graphs have) and of edges to pad
+        to; the next power of two if not given.
+      n_step: number of sweep steps to pad to; the next power of two if not given.
+
+    Returns:
+      GraphsTuple with
+        nodes: {'primitive': (n_node,) int32, 'shape': (n_node, 4) int32 (out, in, height, width),
+          zeros without parameters};
+        edges: {'distance': (n_edge,) int32}, 0 for padding;
+        senders, receivers: (n_edge,) int32;
+        n_node, n_edge: (len(graphs) + 1,) int32;
+        globals: {'forward', 'backward': (n_step, SWEEP_WIDTH) int32}, the nodes that each step of
+          the GatedGNN's two sweeps updates; n_node stands for none.
+
+    Raises:
+      ValueError: there is no graph, or the graphs do not fit.
+    """
+    if not graphs:
+        raise ValueError("pad_graphs was given no graphs; give one or more")
+    nodes = np.array([len(g) for g in graphs], np.int32)
+    edges = np.array([len(g.edges) for g in graphs], np.int32)
+    n_node = next_power_of_two(int(nodes.sum()) + 1) if n_node is None else n_node
+    n_edge = next_power_of_two(int(edges.sum())) if n_edge is None else n_edge
+    if nodes.sum() >= n_node or edges.sum() > n_edge:
+        raise ValueError(
+            f"{len(graphs)} graphs with {nodes.sum()} nodes and {edges.sum()} edges do not fit "
+            f"n_node={n_node} (one node is kept for padding) and n_edge={n_edge}; raise them or "
+            "give fewer graphs"
+        )
+    offsets = np.cumsum(np.r_[0, nodes[:-1]]).astype(np.int32)
+
+    primitive = np.full(n_node, PADDING_ID, np.int32)
+    shape = np.zeros((n_node, 4), np.int32)
+    senders = np.full(n_edge, n_node - 1, np.int32)
+    receivers = np.full(n_edge, n_node - 1, np.int32)
+    distance = np.zeros(n_edge, np.int32)
+    total = int(nodes.sum())
+    primitive[:total] = np.concatenate([g.primitives for g in graphs])
+    shape[:total] = [_shape_code(s) for g in graphs for s in g.param_shapes]
+    joined = np.concatenate([g.edges[:, :2] + o for g, o in zip(graphs, offsets, strict=True)])
+    lengths = np.concatenate([g.edges[:, 2] for g in graphs])
+    count = len(joined)
+    senders[:count], receivers[:count], distance[:count] = joined[:, 0], joined[:, 1], lengths
+
+    real = joined[lengths == 1]
+    sweeps = {}
+    mirror = total - 1  # numbering nodes from the end makes the backward order topological
+    for name, from_, to in (
+        ("forward", real[:, 0], real[:, 1]),
+        ("backward", mirror - real[:, 1], mirror - real[:, 0]),
+    ):
+        levels = _levels(total, from_, to)
+        rows = _schedule(levels if name == "forward" else levels[::-1], n_node)
+        sweeps[name] = rows
+    steps = max(len(rows) for rows in sweeps.values())
+    n_step = next_power_of_two(steps) if n_step is None else n_step
+    if steps > n_step:
+        raise ValueError(f"the graphs need {steps} sweep steps, more than n_step={n_step}; raise it")
+    for name, rows in sweeps.items():
+        padding = np.full((n_step - len(rows), SWEEP_WIDTH), n_node, np.int32)
+        sweeps[name] = np.concatenate([rows, padding])
+    return jraph.GraphsTuple(
+        nodes={"primitive": primitive, "shape": shape},
+        edges={"distance": distance},
+        senders=senders,
+        receivers=receivers,
+        n_node=np.r_[nodes, n_node - total].astype(np.int32),
+        n_edge=np.r_[edges, n_edge - count].astype(np.int32),
+        globals=sweeps,
+    )

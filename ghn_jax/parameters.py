@@ -1,0 +1,173 @@
+"""From decoded tiles to a network's parameters: which decoder, tiling, normalisation (§ 4.1, B.1).
+
+The functions take NumPy or JAX arrays: prediction assembles parameters on the host in NumPy, the
+training executor does the same inside a compiled program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from ghn_jax.graph import PRIMITIVE_ID, Graph
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class TileKind:
+    """What is decoded for a node: a method of `decoder.Decoder` and a kernel's size."""
+
+    decoder: str
+    height: int = 1
+    width: int = 1
+
+
+def tile_kind(graph: Graph, node: int) -> TileKind | None:
+    """The kind of tile that a node's parameter is made from, None for a node without one.
+
+    The last two nodes of a graph are the classifier's weight and bias; they have decoders of their
+    own (B.1).
+    """
+    shape = graph.param_shapes[node]
+    primitive = graph.primitives[node]
+    if shape is None or primitive in (PRIMITIVE_ID["max_pool"], PRIMITIVE_ID["avg_pool"]):
+        return None
+    if node == len(graph) - 2:
+        return TileKind("classifier")
+    if node == len(graph) - 1:
+        return TileKind("classifier_bias")
+    if len(shape) == 1:
+        return TileKind("vector")
+    if len(shape) == 2:
+        return TileKind("kernel")
+    if primitive == PRIMITIVE_ID["pos_enc"]:
+        return TileKind("position", *shape[2:])
+    return TileKind("depthwise" if shape[1] == 1 else "kernel", *shape[2:])
+
+
+def check_decodable(graph: Graph, max_shape: tuple[int, int, int, int]) -> None:
+    """Raises ValueError if a parameter's shape is beyond what the decoders can make."""
+    for name, shape in zip(graph.names, graph.param_shapes, strict=True):
+        if shape is None:
+            continue
+        if len(shape) not in (1, 2, 4):
+            raise ValueError(
+                f"no decoder makes the shape {shape} of {name!r}; supported are vectors, matrices "
+                "and 4-dimensional kernels"
+            )
+        if len(shape) == 4 and (shape[2] > max_shape[2] or shape[3] > max_shape[3]):
+            raise ValueError(
+                f"no decoder makes the shape {shape} of {name!r}: kernels of this hypernetwork go "
+                f"up to {max_shape[2]}x{max_shape[3]}; use one with a larger max_shape"
+            )
+
+
+def weight_scale(shape: tuple[int, ...]) -> float:
+    """Table 2: sqrt(beta / fan in) of a weight of two dimensions or more (PyTorch's order).
+
+    beta is 2, but 1 where no ReLU follows: depthwise kernels and the 1xk half of a factorised one.
+    """
+    fan_in = math.prod(shape[1:])
+    before_linear = len(shape) > 2 and (shape[1] == 1 or shape[2] < shape[3])
+    return math.sqrt((1.0 if before_linear else 2.0) / fan_in)
+
+
+def squash_norm_weight(p, xp):
+    """Table 2: weights of norm layers, 2 * sigmoid(p / 2), in (0, 2)."""
+    return 2 / (1 + xp.exp(-0.5 * p))
+
+
+def squash_bias(p, xp):
+    """Table 2: biases, tanh(p / 5), in (-1, 1)."""
+    return xp.tanh(0.2 * p)
+
+
+def tile_axis(x, axis: int, size: int, xp):
+    """Slices or repeats an axis to a size (B.1: tiling across channels)."""
+    have = x.shape[axis]
+    if size > have:
+        repeats = [1] * x.ndim
+        repeats[axis] = -(-size // have)
+        x = xp.tile(x, repeats)
+    index = [slice(None)] * x.ndim
+    index[axis] = slice(0, size)
+    return x[tuple(index)]
+
+
+def weight_from_tile(tile, shape: tuple[int, ...], kind: TileKind, normalise: bool, xp):
+    """Makes a weight in Flax's layout from a decoded tile.
+
+    Args:
+      tile: as `decoder.Decoder` returns it for one node.
+      shape: the parameter's shape in PyTorch's order: (out, in) or (out, in, height, width).
+      kind: the tile's kind.
+      normalise: apply Table 2.
+      xp: `numpy` or `jax.numpy`.
+
+    Returns:
+      (in, out) for linear layers, (height, width, in, out) for convolutions, where depthwise ones
+      have in = 1, and (height, width, channels) for positional encodings.
+    """
+    if kind.decoder == "position":
+        # Positional encodings are left as they are: they are added to, not multiplied with.
+        return tile_axis(tile, -1, shape[1], xp).reshape(kind.height, kind.width, shape[1])
+    w = tile_axis(tile, -1, shape[0], xp)
+    if kind.decoder == "depthwise":
+        w = w.reshape(kind.height, kind.width, 1, shape[0])
+    else:
+        w = tile_axis(w, -2, shape[1], xp)
+        if len(shape) == 4:
+            w = w.reshape(kind.height, kind.width, shape[1], shape[0])
+        elif kind.decoder == "kernel":
+            w = w[0]
+    return w * xp.asarray(weight_scale(shape), w.dtype) if normalise else w
+
+
+def parameter_path(name: str) -> tuple[str, ...]:
+    """The Flax module path of an official parameter name, without the leaf.
+
+    >>> parameter_path("cells.0._ops.1.op.2.weight")
+    ('cells_0', 'ops_1', 'op_2')
+    """
+    path: list[str] = []
+    for part in name.split(".")[:-1]:
+        if part.isdigit():
+            path[-1] += "_" + part
+        else:
+            path.append(part.removeprefix("_"))
+    return tuple(path)
+
+
+def insert(tree: dict, path: tuple[str, ...], value) -> None:
+    """Sets tree[path[0]][path[1]]... = value, making the dictionaries on the way."""
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+    tree[path[-1]] = value
+
+
+def assemble(graph: Graph, tiles: dict[int, object], normalise: bool, xp) -> dict:
+    """Makes the `params` tree of a network from its nodes' tiles.
+
+    Args:
+      graph: the network's graph.
+      tiles: node -> decoded tile, for every node that has one.
+      normalise: apply the normalisation of § 4.1.
+      xp: `numpy` or `jax.numpy`.
+    """
+    params: dict = {}
+    for node, tile in tiles.items():
+        path, shape = parameter_path(graph.names[node]), graph.param_shapes[node]
+        kind = tile_kind(graph, node)
+        if kind.decoder in ("vector", "classifier_bias"):
+            is_norm = graph.primitives[node] in (PRIMITIVE_ID["bn"], PRIMITIVE_ID["ln"])
+            rows = tile if kind.decoder == "vector" else xp.stack([tile, tile])
+            weight, bias = (tile_axis(row, 0, shape[0], xp) for row in rows)
+            if normalise:
+                weight, bias = squash_norm_weight(weight, xp), squash_bias(bias, xp)
+            if is_norm:
+                insert(params, (*path, "scale"), weight)
+            insert(params, (*path, "bias"), bias)
+        else:
+            leaf = "embedding" if kind.decoder == "position" else "kernel"
+            weight = weight_from_tile(tile, shape, kind, normalise, xp)
+            insert(params, (*path, leaf), weight)
+    return params
