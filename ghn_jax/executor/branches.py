@@ -1,0 +1,300 @@
+"""What each kind of instruction computes, from its inputs and decoded tiles.
+
+A branch is a pure function. Its gradient is taken by `jax.vjp` inside the backward loop, from its
+inputs alone: nothing but states is kept from the forward loop. The convolutions, norms and poolings
+it is made of have hand-written gradients (`kernels.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ghn_jax.executor import kernels
+from ghn_jax.executor.bucket import Bucket, Kind
+from ghn_jax.network import HEADS
+from ghn_jax.parameters import (
+    TileKind,
+    squash_bias,
+    squash_norm_weight,
+    tile_axis,
+    weight_from_tile,
+    weight_scale,
+)
+
+ONE = TileKind("kernel")
+VECTOR = TileKind("vector")
+
+
+class Context(NamedTuple):
+    """What a branch knows besides its inputs and tiles.
+
+    Attributes:
+      channels: of the target plane.
+      stride: 1 or 2, from the source to the target plane.
+      normalise: whether Table 2 applies (static).
+      norm: () bool, whether convolutions are followed by batch norm.
+      offset: () int32, first output channel that a stem instruction computes.
+      scale: () float32, weight scale where it depends on the number of parts.
+    """
+
+    channels: int
+    stride: int
+    normalise: bool
+    norm: jax.Array
+    offset: jax.Array
+    scale: jax.Array
+
+
+def _kernel(tile, out, in_, context, height=None, width=None, decoder="kernel"):
+    """A weight from its tile, for shapes that the planes fix."""
+    shape = (out, in_) if height is None else (out, in_, height, width)
+    kind = TileKind(decoder, height or 1, width or 1)
+    return weight_from_tile(tile, shape, kind, context.normalise, jnp)
+
+
+def window(x: jax.Array, axis: int, offset: jax.Array, size: int) -> jax.Array:
+    """`size` entries of an endlessly repeated axis, from a traced offset."""
+    have = x.shape[axis]
+    return lax.dynamic_slice_in_dim(
+        tile_axis(x, axis, have + size, jnp), offset % have, size, axis
+    )
+
+
+def _norm_vectors(vector, context, channels=None):
+    """Scale and bias of a norm layer from its (2, 64) tile."""
+    size = channels or context.channels
+    scale, bias = (window(row, 0, context.offset, size) for row in vector)
+    if context.normalise:
+        return squash_norm_weight(scale, jnp), squash_bias(bias, jnp)
+    return scale, bias
+
+
+def _bias(vector, size, context):
+    bias = tile_axis(vector[1], 0, size, jnp)
+    return squash_bias(bias, jnp) if context.normalise else bias
+
+
+def _batch_norm(z, vector, context, channels=None):
+    return kernels.batch_norm(z, *_norm_vectors(vector, context, channels), context.norm)
+
+
+def _conv(k: int):
+    def branch(x, tiles, vectors, context):
+        w = _kernel(tiles[0], context.channels, x.shape[-1], context, k, k)
+        x = nn.relu(x)
+        if k == 1:
+            z = kernels.pointwise(x[:, :: context.stride, :: context.stride], w[0, 0])
+        else:
+            z = kernels.conv(x, w, (context.stride,) * 2)
+        return _batch_norm(z, vectors[0], context)
+
+    return branch
+
+
+def _conv_7x1(x, tiles, vectors, context):
+    c = x.shape[-1]
+    first = _kernel(tiles[0], c, c, context, 1, 7)
+    second = _kernel(tiles[1], context.channels, c, context, 7, 1)
+    x = kernels.conv(nn.relu(x), first, (1, context.stride))
+    return _batch_norm(kernels.conv(x, second, (context.stride, 1)), vectors[0], context)
+
+
+def _depthwise(k: int, dilation: int):
+    def branch(x, tiles, vectors, context):
+        c = x.shape[-1]
+        depth = _kernel(tiles[0], c, 1, context, k, k, "depthwise")[:, :, 0]
+        point = _kernel(tiles[1], context.channels, c, context, 1, 1)[0, 0]
+        x = kernels.depthwise(nn.relu(x), depth, context.stride, dilation)
+        return _batch_norm(kernels.pointwise(x, point), vectors[0], context)
+
+    return branch
+
+
+def _pool(kernel):
+    return lambda x, tiles, vectors, context: kernel(x, context.stride)
+
+
+def _identity(x, tiles, vectors, context):
+    return x[:, :: context.stride, :: context.stride]
+
+
+def _excite(x, tiles, vectors, context):
+    c = x.shape[-1]
+    down = _kernel(tiles[0], c // 2, c, context)
+    up = _kernel(tiles[1], c, c // 2, context)
+    gate = nn.relu(x.mean((1, 2)) @ down + _bias(vectors[0], c // 2, context))
+    gate = nn.hard_swish(gate @ up + _bias(vectors[1], c, context))
+    return (x * gate[:, None, None])[:, :: context.stride, :: context.stride]
+
+
+def _layer_norm(x, scale, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return centred * lax.rsqrt(variance + 1e-5) * scale + bias
+
+
+def _attention(x, tiles, vectors, context):
+    b, h, w, c = x.shape
+    qkv = _kernel(tiles[0], 3 * c, c, context)
+    out, first, second = (_kernel(tile, c, c, context) for tile in tiles[1:])
+    x = x.reshape(b, h * w, c)
+    y = _layer_norm(x, *_norm_vectors(vectors[0], context)) @ qkv
+    q, k, v = jnp.moveaxis(y.reshape(b, h * w, 3, HEADS, c // HEADS), 2, 0)
+    logits = jnp.einsum("bihd,bjhd->bhij", q, k) * (c // HEADS) ** -0.5
+    y = jnp.einsum("bhij,bjhd->bihd", nn.softmax(logits), v).reshape(b, h * w, c)
+    x = y @ out + _bias(vectors[1], c, context) + x
+    y = _layer_norm(x, *_norm_vectors(vectors[2], context))
+    y = nn.gelu(y @ first + _bias(vectors[3], c, context), approximate=False)
+    return (y @ second + _bias(vectors[4], c, context) + x).reshape(b, h, w, c)
+
+
+def _stem(k: int):
+    def branch(images, tiles, vectors, context):
+        w = window(tiles[0][:, :3], -1, context.offset, context.channels)
+        w = w.reshape(k, k, 3, context.channels)
+        if context.normalise:
+            w = w * weight_scale((context.channels, 3, k, k))
+        z = kernels.conv(images, w, (context.stride,) * 2)
+        return _batch_norm(z, vectors[0], context)
+
+    return branch
+
+
+def _stem_double(k: int):
+    def branch(images, tiles, vectors, context):
+        c, each = context.channels, 2 if context.stride == 4 else 1
+        first = _kernel(tiles[0], c // 2, 3, context, k, k)
+        second = _kernel(tiles[1], c, c // 2, context, 3, 3)
+        x = _batch_norm(kernels.conv(images, first, (each,) * 2), vectors[0], context, c // 2)
+        return _batch_norm(kernels.conv(nn.relu(x), second, (each,) * 2), vectors[1], context)
+
+    return branch
+
+
+def _stem_vit(size: int):
+    def branch(images, tiles, vectors, context):
+        k = context.stride
+        w = _kernel(tiles[0], context.channels, 3, context, k, k)
+        # Kernel and stride are equal: every pixel belongs to one patch, so this is one product.
+        pad = 1 if k == 3 else 0
+        images = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))[:, : size * k, : size * k]
+        b = len(images)
+        patches = images.reshape(b, size, k, size, k, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = patches.reshape(b, size, size, k * k * 3) @ w.reshape(-1, context.channels)
+        shape = (1, context.channels, size, size)
+        kind = TileKind("position", size, size)
+        return x + weight_from_tile(tiles[1], shape, kind, context.normalise, jnp)
+
+    return branch
+
+
+# Branches that read several states: what one part adds to the convolution's output.
+
+
+def _mix_part(x, tiles, offset, context):
+    w = window(tiles[0][0], 0, offset, x.shape[-1])
+    w = tile_axis(w, 1, context.channels, jnp) * context.scale
+    return kernels.pointwise(nn.relu(x), w)
+
+
+def _reduce_part(x, tiles, offset, context):
+    x = nn.relu(x)
+    halves = []
+    for shift, tile in enumerate(tiles):
+        w = window(tile[0], 0, offset, x.shape[-1])
+        w = tile_axis(w, 1, context.channels // 2, jnp) * context.scale
+        halves.append(kernels.pointwise(x[:, shift::2, shift::2], w))
+    return jnp.concatenate(halves, axis=-1)
+
+
+def _finish(z, vectors, context):
+    return _batch_norm(z, vectors[0], context)
+
+
+# The head's first layer sees its input modulo the tile's input channels, so it is enough to add up
+# the features that share a row of the tile: (B, bins).
+
+
+def _average_bins(x, offset, bins):
+    b, h, w, c = x.shape
+    rows = jnp.arange(c) % bins
+    one_hot = (rows[:, None] == jnp.arange(bins)).astype(x.dtype)
+    return jnp.roll(x.mean((1, 2)) @ one_hot, offset, axis=1)
+
+
+def _flatten_bins(x, offset, bins):
+    b, h, w, c = x.shape
+    # Feature (channel, row, column) is number (channel * h + row) * w + column.
+    number = jnp.arange(c)[None] * (h * w) + jnp.arange(h * w)[:, None]
+    one_hot = (number.reshape(-1, 1) % bins == jnp.arange(bins)).astype(x.dtype)
+    return jnp.roll(x.reshape(b, -1) @ one_hot, offset * (h * w), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A kind of instruction.
+
+    Attributes:
+      tiles: kinds of the kernel tiles that it reads, in the order of the operation's nodes.
+      vectors: number of vector tiles that it reads.
+      apply: (x, tiles, vectors, context) -> y for one input.
+      part: (x, tiles, offset, context) -> z where several states are read: their sum is finished
+        by batch norm.
+      bins: (x, offset, number of bins) -> (B, bins) for the head.
+    """
+
+    tiles: tuple[TileKind, ...] = ()
+    vectors: int = 0
+    apply: Callable[..., Any] | None = None
+    part: Callable[..., Any] | None = None
+    bins: Callable[..., Any] | None = None
+
+
+def _square(k: int) -> TileKind:
+    return TileKind("kernel", k, k)
+
+
+_BRANCHES = {
+    "max_pool": Branch(apply=_pool(kernels.max_pool)),
+    "avg_pool": Branch(apply=_pool(kernels.avg_pool)),
+    "identity": Branch(apply=_identity),
+    "excite": Branch((ONE, ONE), 2, _excite),
+    "attention": Branch((ONE,) * 4, 5, _attention),
+    "conv_7x1": Branch((TileKind("kernel", 1, 7), TileKind("kernel", 7, 1)), 1, _conv_7x1),
+    "mix": Branch((ONE,), 1, part=_mix_part),
+    "reduce": Branch((ONE, ONE), 1, part=_reduce_part),
+    "average": Branch(bins=_average_bins),
+    "flatten": Branch(bins=_flatten_bins),
+    **{f"conv_{k}": Branch((_square(k),), 1, _conv(k)) for k in (1, 3, 5, 7)},
+    **{
+        f"{name}_{k}": Branch((TileKind("depthwise", k, k), ONE), 1, _depthwise(k, dilation))
+        for name, dilation in (("depthwise", 1), ("dilated", 2))
+        for k in (3, 5)
+    },
+    **{f"stem_{k}": Branch((_square(k),), 1, _stem(k)) for k in (3, 5, 7)},
+    **{f"stem_double_{k}": Branch((_square(k), _square(3)), 2, _stem_double(k)) for k in (3, 5, 7)},
+}
+
+
+def branch_of(kind: Kind, bucket: Bucket) -> Branch:
+    """The branch of a kind of instruction."""
+    if kind.name == "stem_vit":
+        size = bucket.planes[kind.target][0]
+        patch = 16 if bucket.image_size > 96 else 3
+        return Branch((_square(patch), TileKind("position", size, size)), 0, _stem_vit(size))
+    return _BRANCHES[kind.name]
+
+
+def stride_of(kind: Kind, bucket: Bucket) -> int:
+    """The stride of a kind of instruction, from its planes' sizes."""
+    if kind.name == "stem_vit":
+        return 16 if bucket.image_size > 96 else 3
+    source = bucket.image_size if kind.source < 0 else bucket.planes[kind.source][0]
+    return -(-source // bucket.planes[kind.target][0])

@@ -1,0 +1,380 @@
+"""From an architecture to the executor's instruction table, on the host, in NumPy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ghn_jax.executor.branches import branch_of
+from ghn_jax.executor.bucket import UNITS, Bucket, Capacity, Kind
+from ghn_jax.graph import Graph, next_power_of_two
+from ghn_jax.parameters import TileKind, tile_kind
+from ghn_jax.wiring import Operation, Wiring, head_nodes, operation_nodes
+
+KERNELS, VECTORS = 4, 5  # tiles that one instruction can read
+
+
+class Instructions(NamedTuple):
+    """An architecture as data (arrays of one architecture; n instructions, P parts).
+
+    Attributes:
+      count: () number of instructions.
+      kind: (n,) index into `Bucket.kinds`.
+      parts: (n,) number of states read.
+      sources: (n, P) slots of the states read, in the source plane.
+      offsets: (n, P) the first channel of each part in the concatenation.
+      target: (n,) slot of the state written, in the target plane.
+      accumulate: (n,) whether it is added to what the slot holds.
+      gradient: (n,) slot of the target's cotangent.
+      source_gradients: (n, P) slots of the sources' cotangents.
+      source_accumulate: (n, P) whether they are added to.
+      kernels: (n, 4), vectors: (n, 5) rows of the tile arrays.
+      tile_accumulate: (n,) whether the tiles' cotangents are added to.
+      channel: (n,) first output channel of a stem instruction.
+      scale: (n,) weight scale of instructions with several parts.
+      norm: () whether convolutions are followed by batch norm.
+      head: (4,) rows of the classifier's tiles: classifier weight and bias, hidden layer's weight
+        and bias.
+      hidden: () width of the hidden fully connected layer, 0 without one.
+      head_scales: (2,) weight scales of the classifier and of the hidden layer.
+    """
+
+    count: np.ndarray
+    kind: np.ndarray
+    parts: np.ndarray
+    sources: np.ndarray
+    offsets: np.ndarray
+    target: np.ndarray
+    accumulate: np.ndarray
+    gradient: np.ndarray
+    source_gradients: np.ndarray
+    source_accumulate: np.ndarray
+    kernels: np.ndarray
+    vectors: np.ndarray
+    tile_accumulate: np.ndarray
+    channel: np.ndarray
+    scale: np.ndarray
+    norm: np.ndarray
+    head: np.ndarray
+    hidden: np.ndarray
+    head_scales: np.ndarray
+
+
+class TileRows(NamedTuple):
+    """Which node each row of the decoded tile arrays belongs to.
+
+    Attributes:
+      nodes: kind -> (rows,) int32 node of the padded batch. The last row of each is spare: it
+        takes what belongs to no node.
+      counts: kind -> () int32 number of rows in use.
+    """
+
+    nodes: dict[TileKind, np.ndarray]
+    counts: dict[TileKind, np.ndarray]
+
+
+def _empty(capacity: Capacity) -> Instructions:
+    n, p = capacity.instructions, capacity.parts
+    integers, flags = np.int32, np.bool_
+    return Instructions(
+        count=np.zeros((), integers),
+        kind=np.zeros(n, integers),
+        parts=np.zeros(n, integers),
+        sources=np.zeros((n, p), integers),
+        offsets=np.zeros((n, p), integers),
+        target=np.zeros(n, integers),
+        accumulate=np.zeros(n, flags),
+        gradient=np.zeros(n, integers),
+        source_gradients=np.zeros((n, p), integers),
+        source_accumulate=np.zeros((n, p), flags),
+        kernels=np.zeros((n, KERNELS), integers),
+        vectors=np.zeros((n, VECTORS), integers),
+        tile_accumulate=np.zeros(n, flags),
+        channel=np.zeros(n, integers),
+        scale=np.ones(n, np.float32),
+        norm=np.zeros((), flags),
+        head=np.zeros(4, integers),
+        hidden=np.zeros((), integers),
+        head_scales=np.ones(2, np.float32),
+    )
+
+
+class Step(NamedTuple):
+    """One instruction before slots are given out: states, node names and constants."""
+
+    kind: Kind
+    sources: tuple[tuple[int, int], ...]  # (state, first channel)
+    target: int | None
+    kernels: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
+    channel: int = 0
+    fan_in: int = 0
+
+
+class _Lister:
+    """Lists an architecture's instructions over its states (and extra ones for `sep_conv`)."""
+
+    def __init__(self, wiring: Wiring, bucket: Bucket):
+        self.wiring, self.bucket = wiring, bucket
+        self.planes = [None] + [bucket.plane(s.size, s.channels) for s in wiring.states[1:]]
+        self.steps: list[Step] = []
+
+    def _kind(self, name: str, source: int | None, target: int | None) -> Kind:
+        at = [-1 if s in (None, 0) else self.planes[s] for s in (source, target)]
+        return Kind(name, *at)
+
+    def add(self, name, sources, target, kernels=(), vectors=(), channel=0, fan_in=0) -> None:
+        kind = self._kind(name, sources[0][0], target)
+        self.steps.append(
+            Step(kind, tuple(sources), target, tuple(kernels), tuple(vectors), channel, fan_in)
+        )
+
+    def operation(self, op: Operation) -> None:
+        nodes = operation_nodes(op, self.wiring)
+        kernels = [n.name for n in nodes if n.name and n.primitive not in ("bn", "ln", "bias")]
+        vectors = [n.name for n in nodes if n.primitive in ("bn", "ln", "bias")]
+        if op.kind == "stem_pool":
+            for source, target in zip(op.inputs, op.output, strict=True):
+                self.add("max_pool", [(source, 0)], target)
+        elif op.kind in ("stem_conv", "stem_imagenet", "stem_vit"):
+            name = {
+                "stem_conv": f"stem_{op.kernel}",
+                "stem_imagenet": f"stem_double_{op.kernel}",
+                "stem_vit": "stem_vit",
+            }[op.kind]
+            c = self.wiring.arch.C
+            for part, target in enumerate(op.output):
+                self.add(name, [(0, 0)], target, kernels, vectors, channel=part * c)
+        elif op.kind in ("preprocess", "factorized_reduce"):
+            part = op.in_channels // len(op.inputs)
+            sources = [(s, i * part) for i, s in enumerate(op.inputs) if s is not None]
+            self.add(
+                UNITS[op.kind], sources, op.output[0], kernels, vectors, fan_in=op.in_channels
+            )
+        elif op.kind.startswith("sep_conv"):
+            middle = len(self.planes)
+            self.planes.append(self.planes[op.output[0]])
+            half = len(vectors) // 2
+            unit = UNITS[op.kind]
+            self.add(unit, [(op.inputs[0], 0)], middle, kernels[:2], vectors[:half])
+            self.add(unit, [(middle, 0)], op.output[0], kernels[2:], vectors[half:])
+        else:
+            self.add(UNITS[op.kind], [(op.inputs[0], 0)], op.output[0], kernels, vectors)
+
+    def head(self) -> None:
+        head = self.wiring.head
+        name = "average" if head.glob_avg else "flatten"
+        part = next(self.wiring.states[s].channels for s in head.feature if s is not None)
+        for i, state in enumerate(head.feature):
+            if state is not None:
+                self.add(name, [(state, i * part)], None)
+
+
+def list_steps(wiring: Wiring, bucket: Bucket) -> tuple[list[Step], list[int | None]]:
+    """The instructions of an architecture over its states, and the plane of each state."""
+    lister = _Lister(wiring, bucket)
+    for op in wiring.operations:
+        lister.operation(op)
+    lister.head()
+    return lister.steps, lister.planes
+
+
+class Slots(NamedTuple):
+    """Slots of states: in the value arrays for good, in the cotangent arrays while needed."""
+
+    value: dict[int, int]
+    gradient: dict[int, int]
+    values_needed: list[int]
+    gradients_needed: list[int]
+
+
+def give_slots(steps: Sequence[Step], planes: Sequence[int | None], n_planes: int) -> Slots:
+    """Gives every state a slot in its plane's value array and in its cotangent array.
+
+    Values are all kept for the backward loop. A cotangent lives from its state's last reader to its
+    first writer, so far fewer slots are needed: they are reused.
+    """
+    value: dict[int, int] = {}
+    values_needed = [0] * n_planes
+    first_writer: dict[int, int] = {}
+    for i, step in enumerate(steps):
+        if step.target is not None and step.target not in value:
+            plane = planes[step.target]
+            value[step.target] = values_needed[plane]
+            values_needed[plane] += 1
+            first_writer[step.target] = i
+    gradient: dict[int, int] = {}
+    free: list[list[int]] = [[] for _ in range(n_planes)]
+    gradients_needed = [0] * n_planes
+    for i in reversed(range(len(steps))):
+        step = steps[i]
+        for state, _ in step.sources:
+            if state == 0 or state in gradient:
+                continue
+            plane = planes[state]
+            if free[plane]:
+                gradient[state] = free[plane].pop()
+            else:
+                gradient[state] = gradients_needed[plane]
+                gradients_needed[plane] += 1
+        if step.target is not None and first_writer[step.target] == i:
+            free[planes[step.target]].append(gradient[step.target])
+    return Slots(value, gradient, values_needed, gradients_needed)
+
+
+def needed_capacity(wiring: Wiring) -> Capacity:
+    """The least capacity that runs an architecture."""
+    bucket = Bucket.of(wiring)
+    steps, planes = list_steps(wiring, bucket)
+    slots = give_slots(steps, planes, len(bucket.planes))
+    return Capacity(
+        tuple(slots.values_needed),
+        tuple(slots.gradients_needed),
+        len(steps),
+        max(len(s.sources) for s in steps),
+    )
+
+
+def fits(needed: Capacity, given: Capacity) -> bool:
+    """Whether a capacity has room for what an architecture needs."""
+    pairs = zip(needed.values + needed.gradients, given.values + given.gradients, strict=True)
+    return (
+        all(a <= b for a, b in pairs)
+        and needed.instructions <= given.instructions
+        and needed.parts <= given.parts
+    )
+
+
+def compile_instructions(
+    wiring: Wiring,
+    bucket: Bucket,
+    capacity: Capacity,
+    rows: Mapping[str, int],
+    spare: int,
+    normalise: bool = True,
+) -> Instructions:
+    """Makes the instruction table of an architecture.
+
+    Args:
+      wiring: the architecture's operations.
+      bucket: its bucket.
+      capacity: static sizes of the program that will run it.
+      rows: official parameter name -> row of its tile array; see `tile_rows`.
+      spare: a row of the vector tiles that takes what belongs to no node.
+      normalise: whether weights are scaled (Table 2).
+
+    Raises:
+      ValueError: the architecture does not fit the bucket or the capacity.
+    """
+    steps, planes = list_steps(wiring, bucket)
+    slots = give_slots(steps, planes, len(bucket.planes))
+    needed = Capacity(
+        tuple(slots.values_needed), tuple(slots.gradients_needed), len(steps),
+        max(len(s.sources) for s in steps),
+    )  # fmt: skip
+    if not fits(needed, capacity):
+        raise ValueError(
+            f"the architecture needs {needed}, more than the executor's {capacity}; raise the "
+            "capacity"
+        )
+    index = {kind: i for i, kind in enumerate(bucket.kinds)}
+    table = _empty(capacity)
+    table.count[...] = len(steps)
+    table.norm[...] = wiring.norm
+    written: set[int] = set()
+    for i, step in enumerate(steps):
+        if step.kind not in index:
+            raise ValueError(f"no instruction for {step.kind} in {bucket}; use build_network")
+        table.kind[i] = index[step.kind]
+        table.parts[i] = len(step.sources)
+        for j, (state, channel) in enumerate(step.sources):
+            table.sources[i, j] = slots.value.get(state, 0)
+            table.offsets[i, j] = channel
+            table.source_gradients[i, j] = slots.gradient.get(state, 0)
+        if step.target is not None:
+            table.target[i] = slots.value[step.target]
+            table.gradient[i] = slots.gradient[step.target]
+            table.accumulate[i] = step.target in written
+            written.add(step.target)
+        table.kernels[i, : len(step.kernels)] = [rows[name] for name in step.kernels]
+        table.vectors[i] = spare
+        table.vectors[i, : len(step.vectors)] = [rows[name] for name in step.vectors]
+        table.channel[i] = step.channel
+        if normalise and step.fan_in:
+            table.scale[i] = math.sqrt(2 / step.fan_in)
+    _mark_accumulation(steps, table)
+    _fill_head(wiring, table, rows, spare, normalise)
+    return table
+
+
+def _mark_accumulation(steps: Sequence[Step], table: Instructions) -> None:
+    """Marks cotangents that the backward loop adds to because something wrote them before."""
+    states: set[int] = set()
+    tiles: set[str] = set()
+    for i in reversed(range(len(steps))):
+        for j, (state, _) in enumerate(steps[i].sources):
+            table.source_accumulate[i, j] = state in states
+            states.add(state)
+        table.tile_accumulate[i] = bool(tiles.intersection(steps[i].kernels))
+        tiles.update(steps[i].kernels)
+
+
+def _fill_head(wiring, table: Instructions, rows, spare: int, normalise: bool) -> None:
+    head = wiring.head
+    names = [n.name for n in head_nodes(head) if n.name]
+    weight, bias = names[-2:]
+    hidden = len(head.dims) > 2
+    table.head[:] = [rows[weight], rows[bias], rows[names[0]] if hidden else 0,
+                     rows[names[1]] if hidden else spare]  # fmt: skip
+    table.hidden[...] = head.dims[1] if hidden else 0
+    if normalise:
+        table.head_scales[:] = [math.sqrt(2 / head.dims[-2]), math.sqrt(2 / head.dims[0])]
+
+
+def kinds_of(bucket: Bucket) -> set[TileKind]:
+    """The kinds of tiles that a bucket's instructions read."""
+    kinds = {TileKind("vector"), TileKind("kernel"), TileKind("classifier")}
+    kinds |= {TileKind("classifier_bias")}
+    for kind in bucket.kinds:
+        kinds.update(branch_of(kind, bucket).tiles)
+    return kinds
+
+
+def tile_rows(
+    graphs: Sequence[Graph], capacity: Mapping[TileKind, int]
+) -> tuple[TileRows, list[dict[str, int]]]:
+    """Lists the nodes of a batch of graphs by the kind of tile they need.
+
+    Args:
+      graphs: the graphs, in the order of the padded batch.
+      capacity: rows of each kind's array, one of them spare; doubled where it does not suffice.
+
+    Returns:
+      The rows, and for each graph official parameter name -> row.
+    """
+    lists: dict[TileKind, list[int]] = {kind: [] for kind in capacity}
+    names = []
+    offset = 0
+    for graph in graphs:
+        row_of: dict[str, int] = {}
+        for node in range(len(graph)):
+            kind = tile_kind(graph, node)
+            if kind is None:
+                continue
+            nodes = lists.setdefault(kind, [])
+            row_of[graph.names[node]] = len(nodes)
+            nodes.append(offset + node)
+        names.append(row_of)
+        offset += len(graph)
+    nodes, counts = {}, {}
+    for kind, used in lists.items():
+        size = capacity.get(kind, 0)
+        if len(used) >= size:
+            size = next_power_of_two(len(used) + 1)
+        nodes[kind] = np.zeros(size, np.int32)
+        nodes[kind][: len(used)] = used
+        counts[kind] = np.asarray(len(used), np.int32)
+    return TileRows(nodes, counts), names
