@@ -1,8 +1,9 @@
 """What each kind of instruction computes, from its inputs and decoded tiles.
 
-A branch is a pure function. Its gradient is taken by `jax.vjp` inside the backward loop, from its
-inputs alone: nothing but states is kept from the forward loop. The convolutions, norms and poolings
-it is made of have hand-written gradients (`kernels.py`).
+A branch is a pure function up to the batch norm that ends most operations; that one, the same for
+all, is `finish`. Gradients are taken by `jax.vjp` inside the backward loop, from the inputs alone:
+nothing but states is kept from the forward loop. The convolutions, norms and poolings that branches
+are made of have hand-written gradients (`kernels.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Context(NamedTuple):
       channels: of the target plane.
       stride: 1 or 2, from the source to the target plane.
       normalise: whether Table 2 applies (static).
-      norm: () bool, whether convolutions are followed by batch norm.
+      norm: () bool, whether batch norm follows.
       offset: () int32, first output channel that a stem instruction computes.
       scale: () float32, weight scale where it depends on the number of parts.
     """
@@ -81,8 +82,9 @@ def _bias(vector, size, context):
     return squash_bias(bias, jnp) if context.normalise else bias
 
 
-def _batch_norm(z, vector, context, channels=None):
-    return kernels.batch_norm(z, *_norm_vectors(vector, context, channels), context.norm)
+def finish(z: jax.Array, vector: jax.Array, context: Context) -> jax.Array:
+    """Batch norm (B, H, W, C) with a (2, 64) tile; the identity where `context.norm` is false."""
+    return kernels.batch_norm(z, *_norm_vectors(vector, context), context.norm)
 
 
 def _conv(k: int):
@@ -90,10 +92,8 @@ def _conv(k: int):
         w = _kernel(tiles[0], context.channels, x.shape[-1], context, k, k)
         x = nn.relu(x)
         if k == 1:
-            z = kernels.pointwise(x[:, :: context.stride, :: context.stride], w[0, 0])
-        else:
-            z = kernels.conv(x, w, (context.stride,) * 2)
-        return _batch_norm(z, vectors[0], context)
+            return kernels.pointwise(x[:, :: context.stride, :: context.stride], w[0, 0])
+        return kernels.conv(x, w, (context.stride,) * 2)
 
     return branch
 
@@ -103,7 +103,7 @@ def _conv_7x1(x, tiles, vectors, context):
     first = _kernel(tiles[0], c, c, context, 1, 7)
     second = _kernel(tiles[1], context.channels, c, context, 7, 1)
     x = kernels.conv(nn.relu(x), first, (1, context.stride))
-    return _batch_norm(kernels.conv(x, second, (context.stride, 1)), vectors[0], context)
+    return kernels.conv(x, second, (context.stride, 1))
 
 
 def _depthwise(k: int, dilation: int):
@@ -112,7 +112,7 @@ def _depthwise(k: int, dilation: int):
         depth = _kernel(tiles[0], c, 1, context, k, k, "depthwise")[:, :, 0]
         point = _kernel(tiles[1], context.channels, c, context, 1, 1)[0, 0]
         x = kernels.depthwise(nn.relu(x), depth, context.stride, dilation)
-        return _batch_norm(kernels.pointwise(x, point), vectors[0], context)
+        return kernels.pointwise(x, point)
 
     return branch
 
@@ -161,8 +161,7 @@ def _stem(k: int):
         w = w.reshape(k, k, 3, context.channels)
         if context.normalise:
             w = w * weight_scale((context.channels, 3, k, k))
-        z = kernels.conv(images, w, (context.stride,) * 2)
-        return _batch_norm(z, vectors[0], context)
+        return kernels.conv(images, w, (context.stride,) * 2)
 
     return branch
 
@@ -172,8 +171,9 @@ def _stem_double(k: int):
         c, each = context.channels, 2 if context.stride == 4 else 1
         first = _kernel(tiles[0], c // 2, 3, context, k, k)
         second = _kernel(tiles[1], c, c // 2, context, 3, 3)
-        x = _batch_norm(kernels.conv(images, first, (each,) * 2), vectors[0], context, c // 2)
-        return _batch_norm(kernels.conv(nn.relu(x), second, (each,) * 2), vectors[1], context)
+        x = kernels.conv(images, first, (each,) * 2)
+        x = kernels.batch_norm(x, *_norm_vectors(vectors[0], context, c // 2), context.norm)
+        return kernels.conv(nn.relu(x), second, (each,) * 2)
 
     return branch
 
@@ -214,10 +214,6 @@ def _reduce_part(x, tiles, offset, context):
     return jnp.concatenate(halves, axis=-1)
 
 
-def _finish(z, vectors, context):
-    return _batch_norm(z, vectors[0], context)
-
-
 # The head's first layer sees its input modulo the tile's input channels, so it is enough to add up
 # the features that share a row of the tile: (B, bins).
 
@@ -243,15 +239,16 @@ class Branch:
 
     Attributes:
       tiles: kinds of the kernel tiles that it reads, in the order of the operation's nodes.
-      vectors: number of vector tiles that it reads.
+      vectors: number of vector tiles that it reads itself.
+      norm: whether it may be followed by batch norm, with a vector tile more.
       apply: (x, tiles, vectors, context) -> y for one input.
-      part: (x, tiles, offset, context) -> z where several states are read: their sum is finished
-        by batch norm.
+      part: (x, tiles, offset, context) -> z where several states are read; their z add up.
       bins: (x, offset, number of bins) -> (B, bins) for the head.
     """
 
     tiles: tuple[TileKind, ...] = ()
     vectors: int = 0
+    norm: bool = False
     apply: Callable[..., Any] | None = None
     part: Callable[..., Any] | None = None
     bins: Callable[..., Any] | None = None
@@ -261,25 +258,32 @@ def _square(k: int) -> TileKind:
     return TileKind("kernel", k, k)
 
 
+def _normed(*tiles: TileKind, vectors: int = 0, **functions) -> Branch:
+    return Branch(tiles, vectors, True, **functions)
+
+
 _BRANCHES = {
     "max_pool": Branch(apply=_pool(kernels.max_pool)),
     "avg_pool": Branch(apply=_pool(kernels.avg_pool)),
     "identity": Branch(apply=_identity),
-    "excite": Branch((ONE, ONE), 2, _excite),
-    "attention": Branch((ONE,) * 4, 5, _attention),
-    "conv_7x1": Branch((TileKind("kernel", 1, 7), TileKind("kernel", 7, 1)), 1, _conv_7x1),
-    "mix": Branch((ONE,), 1, part=_mix_part),
-    "reduce": Branch((ONE, ONE), 1, part=_reduce_part),
+    "excite": Branch((ONE, ONE), 2, apply=_excite),
+    "attention": Branch((ONE,) * 4, 5, apply=_attention),
+    "mix": _normed(ONE, part=_mix_part),
+    "reduce": _normed(ONE, ONE, part=_reduce_part),
     "average": Branch(bins=_average_bins),
     "flatten": Branch(bins=_flatten_bins),
-    **{f"conv_{k}": Branch((_square(k),), 1, _conv(k)) for k in (1, 3, 5, 7)},
+    "conv_7x1": _normed(TileKind("kernel", 1, 7), TileKind("kernel", 7, 1), apply=_conv_7x1),
+    **{f"conv_{k}": _normed(_square(k), apply=_conv(k)) for k in (1, 3, 5, 7)},
     **{
-        f"{name}_{k}": Branch((TileKind("depthwise", k, k), ONE), 1, _depthwise(k, dilation))
+        f"{name}_{k}": _normed(TileKind("depthwise", k, k), ONE, apply=_depthwise(k, dilation))
         for name, dilation in (("depthwise", 1), ("dilated", 2))
         for k in (3, 5)
     },
-    **{f"stem_{k}": Branch((_square(k),), 1, _stem(k)) for k in (3, 5, 7)},
-    **{f"stem_double_{k}": Branch((_square(k), _square(3)), 2, _stem_double(k)) for k in (3, 5, 7)},
+    **{f"stem_{k}": _normed(_square(k), apply=_stem(k)) for k in (3, 5, 7)},
+    **{
+        f"stem_double_{k}": _normed(_square(k), _square(3), vectors=1, apply=_stem_double(k))
+        for k in (3, 5, 7)
+    },
 }
 
 
@@ -288,7 +292,8 @@ def branch_of(kind: Kind, bucket: Bucket) -> Branch:
     if kind.name == "stem_vit":
         size = bucket.planes[kind.target][0]
         patch = 16 if bucket.image_size > 96 else 3
-        return Branch((_square(patch), TileKind("position", size, size)), 0, _stem_vit(size))
+        tiles = (_square(patch), TileKind("position", size, size))
+        return Branch(tiles, apply=_stem_vit(size))
     return _BRANCHES[kind.name]
 
 

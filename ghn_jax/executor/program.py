@@ -32,10 +32,11 @@ class Instructions(NamedTuple):
       source_gradients: (n, P) slots of the sources' cotangents.
       source_accumulate: (n, P) whether they are added to.
       kernels: (n, 4), vectors: (n, 5) rows of the tile arrays.
+      norm: (n,) whether batch norm follows.
+      norm_vector: (n,) row of its vector tile.
       tile_accumulate: (n,) whether the tiles' cotangents are added to.
       channel: (n,) first output channel of a stem instruction.
       scale: (n,) weight scale of instructions with several parts.
-      norm: () whether convolutions are followed by batch norm.
       head: (4,) rows of the classifier's tiles: classifier weight and bias, hidden layer's weight
         and bias.
       hidden: () width of the hidden fully connected layer, 0 without one.
@@ -54,10 +55,11 @@ class Instructions(NamedTuple):
     source_accumulate: np.ndarray
     kernels: np.ndarray
     vectors: np.ndarray
+    norm: np.ndarray
+    norm_vector: np.ndarray
     tile_accumulate: np.ndarray
     channel: np.ndarray
     scale: np.ndarray
-    norm: np.ndarray
     head: np.ndarray
     hidden: np.ndarray
     head_scales: np.ndarray
@@ -92,10 +94,11 @@ def _empty(capacity: Capacity) -> Instructions:
         source_accumulate=np.zeros((n, p), flags),
         kernels=np.zeros((n, KERNELS), integers),
         vectors=np.zeros((n, VECTORS), integers),
+        norm=np.zeros(n, flags),
+        norm_vector=np.zeros(n, integers),
         tile_accumulate=np.zeros(n, flags),
         channel=np.zeros(n, integers),
         scale=np.ones(n, np.float32),
-        norm=np.zeros((), flags),
         head=np.zeros(4, integers),
         hidden=np.zeros((), integers),
         head_scales=np.ones(2, np.float32),
@@ -283,7 +286,6 @@ def compile_instructions(
     index = {kind: i for i, kind in enumerate(bucket.kinds)}
     table = _empty(capacity)
     table.count[...] = len(steps)
-    table.norm[...] = wiring.norm
     written: set[int] = set()
     for i, step in enumerate(steps):
         if step.kind not in index:
@@ -300,8 +302,11 @@ def compile_instructions(
             table.accumulate[i] = step.target in written
             written.add(step.target)
         table.kernels[i, : len(step.kernels)] = [rows[name] for name in step.kernels]
-        table.vectors[i] = spare
-        table.vectors[i, : len(step.vectors)] = [rows[name] for name in step.vectors]
+        branch = branch_of(step.kind, bucket)
+        vectors = [rows[name] for name in step.vectors] or [spare] * (branch.vectors + 1)
+        table.norm[i] = branch.norm and wiring.norm
+        table.vectors[i, : branch.vectors] = vectors[: branch.vectors]
+        table.norm_vector[i] = vectors[-1]
         table.channel[i] = step.channel
         if normalise and step.fan_in:
             table.scale[i] = math.sqrt(2 / step.fan_in)

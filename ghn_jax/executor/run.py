@@ -5,8 +5,7 @@ walks it in reverse, computes each branch again from its stored inputs and takes
 residual of any branch is stored.
 
 How an instruction is chosen: `lax.switch` would copy every array that a branch writes to. Instead
-each kind is a `while` loop that runs as long as the next instruction is of its kind (mostly once or
-not at all): XLA updates a loop's arrays in place, and on CPUs it spreads the body's operations over
+each kind is a `while` loop that runs once or not at all (`_when`): XLA updates a loop's arrays in place, and on CPUs it spreads the body's operations over
 the cores, which it does not do inside branches. Measured on two cores (64 images, 32x32, 32
 channels; ms for one instruction, identity and 1x1 convolution): loops 0.8 and 3.6, a switch that
 returns the state 1.2 and 2.6, a switch over the arrays 55 and 63.
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ghn_jax.executor.branches import VECTOR, Context, _finish, branch_of, stride_of
+from ghn_jax.executor.branches import VECTOR, Context, branch_of, finish, stride_of
 from ghn_jax.executor.bucket import Bucket, Capacity, Kind
 from ghn_jax.executor.program import Instructions
 from ghn_jax.parameters import TileKind, squash_bias, tile_axis
@@ -35,198 +34,256 @@ MAX_HIDDEN = 512  # hidden fully connected layers are padded to this width
 
 
 def _read(array: jax.Array, index: jax.Array) -> jax.Array:
+    """One slot of an array; the index is never negative, so none is wrapped around."""
     return lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
 
 
-def _write(array: jax.Array, index: jax.Array, value: jax.Array, add: jax.Array) -> jax.Array:
-    """Sets one slot of an array; adds to it where `add` is true."""
-    value = jnp.where(add, _read(array, index) + value, value)
+def _write(array: jax.Array, index: jax.Array, value: jax.Array, add=None) -> jax.Array:
+    """Sets one slot of an array; adds to it where `add` is given and true."""
+    if add is not None:
+        value = jnp.where(add, _read(array, index) + value, value)
     return lax.dynamic_update_index_in_dim(array, value, index, 0)
-
-
-def _walk(bucket: Bucket, table: Instructions, bodies: Sequence[Callable], carry, *, reverse: bool):
-    """Runs `bodies[kind](i, carry) -> carry` for every instruction i of the table, in order."""
-    step = -1 if reverse else 1
-    start = table.count - 1 if reverse else jnp.zeros_like(table.count)
-
-    def going(i):
-        return (i >= 0) if reverse else (i < table.count)
-
-    def kind_at(i):
-        return _read(table.kind, jnp.clip(i, 0, len(table.kind) - 1))
-
-    # Kinds are asked plane by plane: consecutive instructions mostly stay on one.
-    groups: dict[int, list[int]] = {}
-    for k, kind in enumerate(bucket.kinds):
-        groups.setdefault(kind.target, []).append(k)
-    group_of = np.zeros(len(bucket.kinds), np.int32)
-    for g, members in enumerate(groups.values()):
-        group_of[members] = g
-    group_of = jnp.asarray(group_of)
-
-    def one_kind(k, state):
-        return lax.while_loop(
-            lambda s: going(s[0]) & (kind_at(s[0]) == k),
-            lambda s: (s[0] + step, bodies[k](s[0], s[1])),
-            state,
-        )
-
-    def one_group(g, members, state):
-        def body(state):
-            for k in members:
-                state = one_kind(k, state)
-            return state
-
-        return lax.while_loop(
-            lambda s: going(s[0]) & (_read(group_of, kind_at(s[0])) == g), body, state
-        )
-
-    def body(state):
-        for g, members in enumerate(groups.values()):
-            state = one_group(g, members, state)
-        return state
-
-    return lax.while_loop(lambda s: going(s[0]), body, (start, carry))[1]
-
-
-def _context(kind: Kind, bucket: Bucket, table: Instructions, i, normalise: bool) -> Context:
-    return Context(
-        channels=bucket.planes[kind.target][1],
-        stride=stride_of(kind, bucket),
-        normalise=normalise,
-        norm=table.norm,
-        offset=_read(table.channel, i),
-        scale=_read(table.scale, i),
-    )
-
-
-def _weights(kind: Kind, bucket: Bucket, table: Instructions, i, tiles: Tiles):
-    """The tiles of instruction i: kernels and vectors."""
-    branch = branch_of(kind, bucket)
-    rows, vector_rows = _read(table.kernels, i), _read(table.vectors, i)
-    kernels = tuple(_read(tiles[t], rows[j]) for j, t in enumerate(branch.tiles))
-    vectors = tuple(_read(tiles[VECTOR], vector_rows[j]) for j in range(branch.vectors))
-    return kernels, vectors
-
-
-def _sum_parts(kind, bucket, table, i, values, kernels, context):
-    """The convolution over all parts of a concatenation, before batch norm."""
-    part = branch_of(kind, bucket).part
-    sources, offsets = _read(table.sources, i), _read(table.offsets, i)
-    plane = values[kind.source]
-
-    def add(j, z):
-        return z + part(_read(plane, _read(sources, j)), kernels, _read(offsets, j), context)
-
-    size, channels = bucket.planes[kind.target]
-    z = jnp.zeros((plane.shape[1], size, size, channels), plane.dtype)
-    return lax.fori_loop(0, _read(table.parts, i), add, z)
-
-
-def _forward_body(kind, bucket, table, tiles, images, normalise, bins):
-    branch = branch_of(kind, bucket)
-
-    def body(i, carry):
-        values, features = carry
-        sources = _read(table.sources, i)
-        if branch.bins is not None:
-            x = _read(values[kind.source], sources[0])
-            return values, features + branch.bins(x, _read(table.offsets, i)[0], bins)
-        kernels, vectors = _weights(kind, bucket, table, i, tiles)
-        context = _context(kind, bucket, table, i, normalise)
-        if branch.part is not None:
-            z = _sum_parts(kind, bucket, table, i, values, kernels, context)
-            y = _finish(z, vectors, context)
-        else:
-            x = images if kind.source < 0 else _read(values[kind.source], sources[0])
-            y = branch.apply(x, kernels, vectors, context)
-        plane = _write(values[kind.target], _read(table.target, i), y, _read(table.accumulate, i))
-        return _replace(values, kind.target, plane), features
-
-    return body
 
 
 def _replace(arrays: tuple, index: int, value) -> tuple:
     return (*arrays[:index], value, *arrays[index + 1 :])
 
 
-def _backward_body(kind, bucket, table, tiles, images, normalise, bins, values, dfeatures):
-    branch = branch_of(kind, bucket)
+def _when(condition: jax.Array, function: Callable, carry):
+    """`function(carry)` if the condition holds, else `carry`: a branch that works in place."""
+    return lax.while_loop(
+        lambda s: s[0], lambda s: (jnp.zeros_like(s[0]), function(s[1])), (condition, carry)
+    )[1]
 
-    def save_tiles(dtiles, i, dkernels, dvectors):
-        dtiles = dict(dtiles)
-        add = _read(table.tile_accumulate, i)
-        rows, vector_rows = _read(table.kernels, i), _read(table.vectors, i)
-        for j, t in enumerate(branch.tiles):
-            dtiles[t] = _write(dtiles[t], rows[j], dkernels[j], add)
-        for j in range(branch.vectors):
-            dtiles[VECTOR] = _write(dtiles[VECTOR], vector_rows[j], dvectors[j], add)
-        return dtiles
 
-    def save_source(gradients, i, j, dx):
-        slot = _read(_read(table.source_gradients, i), j)
-        add = _read(_read(table.source_accumulate, i), j)
-        return _replace(
-            gradients, kind.source, _write(gradients[kind.source], slot, dx, add)
+def _row(table: Instructions, i) -> Instructions:
+    """Instruction i, every field of it a scalar or a tuple of scalars.
+
+    Read once here: a loop reads a scalar from memory where every use of it is a kernel of its own.
+    """
+
+    def read(array):
+        if array.ndim == 1:
+            return _read(array, i)
+        return tuple(
+            lax.dynamic_slice(array, (i, jnp.int32(j)), (1, 1))[0, 0] for j in range(array.shape[1])
         )
 
-    def bins_body(i, carry):
-        gradients, dtiles = carry
-        x = _read(values[kind.source], _read(table.sources, i)[0])
-        offset = _read(table.offsets, i)[0]
-        _, vjp = jax.vjp(lambda x: branch.bins(x, offset, bins), x)
-        return save_source(gradients, i, 0, vjp(dfeatures)[0]), dtiles
+    fixed = ("count", "head", "hidden", "head_scales")
+    return table._replace(
+        **{name: read(getattr(table, name)) for name in table._fields if name not in fixed}
+    )
 
-    def single_body(i, carry):
-        gradients, dtiles = carry
-        g = _read(gradients[kind.target], _read(table.gradient, i))
-        kernels, vectors = _weights(kind, bucket, table, i, tiles)
-        context = _context(kind, bucket, table, i, normalise)
-        if kind.source < 0:
-            _, vjp = jax.vjp(lambda k, v: branch.apply(images, k, v, context), kernels, vectors)
-            dkernels, dvectors = vjp(g)
-        else:
-            x = _read(values[kind.source], _read(table.sources, i)[0])
-            _, vjp = jax.vjp(
-                lambda x, k, v: branch.apply(x, k, v, context), x, kernels, vectors
+
+def _context(kind: Kind, bucket: Bucket, row: Instructions, normalise: bool) -> Context:
+    return Context(
+        channels=bucket.planes[kind.target][1],
+        stride=stride_of(kind, bucket),
+        normalise=normalise,
+        norm=row.norm,
+        offset=row.channel,
+        scale=row.scale,
+    )
+
+
+class _Program:
+    """The loops over one architecture's instructions: static parts and loop-invariant arrays."""
+
+    def __init__(self, bucket, capacity, normalise, tiles: Tiles, table: Instructions, images):
+        self.bucket, self.capacity, self.normalise = bucket, capacity, normalise
+        self.tiles, self.table, self.images = tiles, table, images
+        self.bins = tiles[KERNEL].shape[2]
+        # Kinds by the plane they write: they share the batch norm that ends them.
+        self.groups: dict[int, list[int]] = {}
+        for k, kind in enumerate(bucket.kinds):
+            self.groups.setdefault(kind.target, []).append(k)
+        group = np.zeros(len(bucket.kinds), np.int32)
+        for plane, members in self.groups.items():
+            group[members] = plane
+        self.group_of_kind = jnp.asarray(group)
+
+    def planes(self, slots: Sequence[int]) -> tuple[jax.Array, ...]:
+        # A plane that an architecture leaves empty still needs a slot to exist.
+        return tuple(
+            jnp.zeros((max(n, 1), len(self.images), size, size, channels), jnp.float32)
+            for n, (size, channels) in zip(slots, self.bucket.planes, strict=True)
+        )
+
+    def scratch(self) -> tuple[jax.Array, ...]:
+        """One state in each plane: what kinds hand over to the batch norm they share."""
+        return tuple(plane[0] for plane in self.planes((1,) * len(self.bucket.planes)))
+
+    def walk(self, run_group: Callable, carry, *, reverse: bool):
+        """Runs `run_group(plane, kinds, row, carry) -> carry` for every instruction, in order."""
+        count = self.table.count
+
+        def body(state):
+            i, carry = state
+            row = _row(self.table, count - 1 - i if reverse else i)
+            group = _read(self.group_of_kind, row.kind)
+            for plane, kinds in self.groups.items():
+                run = functools.partial(run_group, plane, kinds, row)
+                carry = _when(group == plane, run, carry)
+            return i + 1, carry
+
+        return lax.while_loop(lambda s: s[0] < count, body, (jnp.zeros_like(count), carry))[1]
+
+    def _kernels(self, kind: Kind, row: Instructions):
+        tiles = branch_of(kind, self.bucket).tiles
+        return tuple(_read(self.tiles[t], row.kernels[j]) for j, t in enumerate(tiles))
+
+    def _vectors(self, kind: Kind, row: Instructions):
+        count = branch_of(kind, self.bucket).vectors
+        return tuple(_read(self.tiles[VECTOR], row.vectors[j]) for j in range(count))
+
+    def convolve(self, kind: Kind, row: Instructions, values) -> jax.Array:
+        """What an instruction computes, up to batch norm."""
+        branch = branch_of(kind, self.bucket)
+        context = _context(kind, self.bucket, row, self.normalise)
+        kernels = self._kernels(kind, row)
+        if branch.part is None:
+            source = self.images if kind.source < 0 else _read(values[kind.source], row.sources[0])
+            return branch.apply(source, kernels, self._vectors(kind, row), context)
+        plane = values[kind.source]
+        sources, offsets = jnp.stack(row.sources), jnp.stack(row.offsets)
+
+        def add(j, z):
+            return z + branch.part(
+                _read(plane, _read(sources, j)), kernels, _read(offsets, j), context
             )
-            dx, dkernels, dvectors = vjp(g)
-            gradients = save_source(gradients, i, 0, dx)
-        return gradients, save_tiles(dtiles, i, dkernels, dvectors)
 
-    def parts_body(i, carry):
+        size, channels = self.bucket.planes[kind.target]
+        z = jnp.zeros((plane.shape[1], size, size, channels), plane.dtype)
+        return lax.fori_loop(0, row.parts, add, z)
+
+    def _finish(self, plane: int, row: Instructions, z, vector):
+        context = _context(Kind("", plane, plane), self.bucket, row, self.normalise)
+        return finish(z, vector, context)
+
+    # --- forward ---
+
+    def forward_group(self, plane: int, kinds: Sequence[int], row: Instructions, carry):
+        """Runs one forward instruction that writes to this plane."""
+        if plane < 0:
+            return self._forward_bins(kinds, row, carry)
+        values, features, scratch = carry
+        z = scratch[plane]
+        for k in kinds:
+            kind = self.bucket.kinds[k]
+            z = _when(row.kind == k, lambda _, kind=kind: self.convolve(kind, row, values), z)
+        y = self._finish(plane, row, z, _read(self.tiles[VECTOR], row.norm_vector))
+        written = _write(values[plane], row.target, y, row.accumulate)
+        return _replace(values, plane, written), features, _replace(scratch, plane, z)
+
+    def _forward_bins(self, kinds, row, carry):
+        values, features, scratch = carry
+        for k in kinds:
+            kind = self.bucket.kinds[k]
+            bins = branch_of(kind, self.bucket).bins
+
+            def add(features, kind=kind, bins=bins):
+                x = _read(values[kind.source], row.sources[0])
+                return features + bins(x, row.offsets[0], self.bins)
+
+            features = _when(row.kind == k, add, features)
+        return values, features, scratch
+
+    # --- backward ---
+
+    def backward_group(self, values, dfeatures, plane: int, kinds, row: Instructions, carry):
+        """Takes one instruction's gradient: cotangents of its sources and of its tiles."""
+        if plane < 0:
+            return self._backward_bins(values, dfeatures, kinds, row, carry)
+        gradients, dtiles, scratch = carry
+        z = scratch[plane]
+        for k in kinds:
+            kind = self.bucket.kinds[k]
+            if branch_of(kind, self.bucket).norm:
+                again = (row.kind == k) & row.norm
+                z = _when(again, lambda _, kind=kind: self.convolve(kind, row, values), z)
+        g = _read(gradients[plane], row.gradient)
+        vector = _read(self.tiles[VECTOR], row.norm_vector)
+        _, vjp = jax.vjp(lambda z, v: self._finish(plane, row, z, v), z, vector)
+        dz, dvector = vjp(g)
+
+        def save_vector(dvectors):
+            return _write(dvectors, row.norm_vector, dvector, row.tile_accumulate)
+
+        dtiles = {**dtiles, VECTOR: _when(row.norm, save_vector, dtiles[VECTOR])}
+        carry = gradients, dtiles
+        for k in kinds:
+            kind = self.bucket.kinds[k]
+            single = branch_of(kind, self.bucket).part is None
+            backward = self._backward_single if single else self._backward_parts
+            run = functools.partial(backward, kind, row, values, dz)
+            carry = _when(row.kind == k, run, carry)
+        return *carry, _replace(scratch, plane, z)
+
+    def _save_source(self, kind, gradients, slot, dx, add):
+        plane = _write(gradients[kind.source], slot, dx, add)
+        return _replace(gradients, kind.source, plane)
+
+    def _save_tiles(self, kind, row, dtiles, dkernels, dvectors):
+        dtiles = dict(dtiles)
+        # Only the parts of a stem share a tile.
+        add = row.tile_accumulate if kind.source < 0 else None
+        for j, t in enumerate(branch_of(kind, self.bucket).tiles):
+            dtiles[t] = _write(dtiles[t], row.kernels[j], dkernels[j], add)
+        for j, dvector in enumerate(dvectors):
+            dtiles[VECTOR] = _write(dtiles[VECTOR], row.vectors[j], dvector, add)
+        return dtiles
+
+    def _backward_single(self, kind, row, values, dz, carry):
         gradients, dtiles = carry
-        g = _read(gradients[kind.target], _read(table.gradient, i))
-        kernels, vectors = _weights(kind, bucket, table, i, tiles)
-        context = _context(kind, bucket, table, i, normalise)
-        z = _sum_parts(kind, bucket, table, i, values, kernels, context)
-        _, vjp = jax.vjp(lambda z, v: _finish(z, v, context), z, vectors)
-        dz, dvectors = vjp(g)
-        sources, offsets = _read(table.sources, i), _read(table.offsets, i)
+        apply = branch_of(kind, self.bucket).apply
+        context = _context(kind, self.bucket, row, self.normalise)
+        kernels, vectors = self._kernels(kind, row), self._vectors(kind, row)
+        if kind.source < 0:
+            _, vjp = jax.vjp(lambda k, v: apply(self.images, k, v, context), kernels, vectors)
+            dkernels, dvectors = vjp(dz)
+        else:
+            x = _read(values[kind.source], row.sources[0])
+            _, vjp = jax.vjp(lambda x, k, v: apply(x, k, v, context), x, kernels, vectors)
+            dx, dkernels, dvectors = vjp(dz)
+            slot, add = row.source_gradients[0], row.source_accumulate[0]
+            gradients = self._save_source(kind, gradients, slot, dx, add)
+        return gradients, self._save_tiles(kind, row, dtiles, dkernels, dvectors)
+
+    def _backward_parts(self, kind, row, values, dz, carry):
+        gradients, dtiles = carry
+        part = branch_of(kind, self.bucket).part
+        context = _context(kind, self.bucket, row, self.normalise)
+        kernels = self._kernels(kind, row)
+        fields = (row.sources, row.offsets, row.source_gradients, row.source_accumulate)
+        columns = [jnp.stack(field) for field in fields]
 
         def one_part(j, carry):
             gradients, dkernels = carry
-            x = _read(values[kind.source], _read(sources, j))
-            offset = _read(offsets, j)
-            _, vjp = jax.vjp(lambda x, k: branch.part(x, k, offset, context), x, kernels)
+            source, offset, slot, add = (_read(column, j) for column in columns)
+            x = _read(values[kind.source], source)
+            _, vjp = jax.vjp(lambda x, k: part(x, k, offset, context), x, kernels)
             dx, dk = vjp(dz)
-            return save_source(gradients, i, j, dx), jax.tree.map(jnp.add, dkernels, dk)
+            gradients = self._save_source(kind, gradients, slot, dx, add)
+            return gradients, jax.tree.map(jnp.add, dkernels, dk)
 
         start = (gradients, jax.tree.map(jnp.zeros_like, kernels))
-        gradients, dkernels = lax.fori_loop(0, _read(table.parts, i), one_part, start)
-        return gradients, save_tiles(dtiles, i, dkernels, dvectors)
+        gradients, dkernels = lax.fori_loop(0, row.parts, one_part, start)
+        return gradients, self._save_tiles(kind, row, dtiles, dkernels, ())
 
-    if branch.bins is not None:
-        return bins_body
-    return parts_body if branch.part is not None else single_body
+    def _backward_bins(self, values, dfeatures, kinds, row, carry):
+        gradients, dtiles, scratch = carry
+        for k in kinds:
+            kind = self.bucket.kinds[k]
+            bins = branch_of(kind, self.bucket).bins
 
+            def save(gradients, kind=kind, bins=bins):
+                x = _read(values[kind.source], row.sources[0])
+                _, vjp = jax.vjp(lambda x: bins(x, row.offsets[0], self.bins), x)
+                slot, add = row.source_gradients[0], row.source_accumulate[0]
+                return self._save_source(kind, gradients, slot, vjp(dfeatures)[0], add)
 
-def _planes(bucket: Bucket, slots: tuple[int, ...], batch: int) -> tuple[jax.Array, ...]:
-    # A plane that an architecture leaves empty still needs a slot to exist.
-    return tuple(
-        jnp.zeros((max(n, 1), batch, size, size, channels), jnp.float32)
-        for n, (size, channels) in zip(slots, bucket.planes, strict=True)
-    )
+            gradients = _when(row.kind == k, save, gradients)
+        return gradients, dtiles, scratch
 
 
 def forward(bucket, capacity, normalise, tiles: Tiles, table: Instructions, images):
@@ -235,28 +292,20 @@ def forward(bucket, capacity, normalise, tiles: Tiles, table: Instructions, imag
     Returns:
       (values, features): the arrays of all states, and (B, bins) the head's binned input.
     """
-    bins = tiles[KERNEL].shape[2]
-    bodies = [
-        _forward_body(kind, bucket, table, tiles, images, normalise, bins) for kind in bucket.kinds
-    ]
-    carry = (
-        _planes(bucket, capacity.values, len(images)),
-        jnp.zeros((len(images), bins), jnp.float32),
-    )
-    return _walk(bucket, table, bodies, carry, reverse=False)
+    program = _Program(bucket, capacity, normalise, tiles, table, images)
+    features = jnp.zeros((len(images), program.bins), jnp.float32)
+    carry = (program.planes(capacity.values), features, program.scratch())
+    return program.walk(program.forward_group, carry, reverse=False)[:2]
 
 
 def backward(
     bucket, capacity, normalise, tiles: Tiles, table: Instructions, images, values, dfeatures, dtiles
 ):
     """Writes the cotangents of the tiles that an architecture reads into `dtiles`."""
-    bins = tiles[KERNEL].shape[2]
-    bodies = [
-        _backward_body(kind, bucket, table, tiles, images, normalise, bins, values, dfeatures)
-        for kind in bucket.kinds
-    ]
-    carry = (_planes(bucket, capacity.gradients, len(images)), dtiles)
-    return _walk(bucket, table, bodies, carry, reverse=True)[1]
+    program = _Program(bucket, capacity, normalise, tiles, table, images)
+    carry = (program.planes(capacity.gradients), dtiles, program.scratch())
+    run_group = functools.partial(program.backward_group, values, dfeatures)
+    return program.walk(run_group, carry, reverse=True)[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
