@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghn_jax.gatedgnn import dense, dense_params
+from ghn_jax.parameters import TileKind
 
 LARGEST_CHANNELS = 8192
 
@@ -118,6 +119,13 @@ class Decoder(nn.Module):
         kernel = self.conv_1["kernel"].reshape(-1, in_, out)
         bias = self.conv_1["bias"].reshape(in_, out)
         return kernel[:, in_channels, out_channels], bias[in_channels, out_channels]
+
+    def __call__(self, states: jax.Array, kind: TileKind) -> jax.Array:
+        """Decodes (n, d) node states to n tiles of one kind."""
+        method = getattr(self, kind.decoder)
+        if kind.decoder in ("kernel", "depthwise", "position"):
+            return method(states, kind.height, kind.width)
+        return method(states)
 
     def kernel(self, x: jax.Array, height: int, width: int) -> jax.Array:
         """(n, d) -> (n, height * width, in, out) tiles of dense convolutions and linear layers."""

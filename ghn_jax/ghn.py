@@ -73,10 +73,7 @@ class GHN(nn.Module):
 
     def decode(self, states: jax.Array, kind: TileKind) -> jax.Array:
         """Decodes (n, d) node states to n tiles of one kind; see `decoder.Decoder`."""
-        method = getattr(self.decoder, kind.decoder)
-        if kind.decoder in ("kernel", "depthwise", "position"):
-            return method(states, kind.height, kind.width)
-        return method(states)
+        return self.decoder(states, kind)
 
     def encode_and_decode_all(self, graph: jraph.GraphsTuple) -> tuple:
         """Runs every part once, so that `init` creates every parameter."""

@@ -146,9 +146,8 @@ def _attention(x, tiles, vectors, context):
     out, first, second = (_kernel(tile, c, c, context) for tile in tiles[1:])
     x = x.reshape(b, h * w, c)
     y = _layer_norm(x, *_norm_vectors(vectors[0], context)) @ qkv
-    q, k, v = jnp.moveaxis(y.reshape(b, h * w, 3, HEADS, c // HEADS), 2, 0)
-    logits = jnp.einsum("bihd,bjhd->bhij", q, k) * (c // HEADS) ** -0.5
-    y = jnp.einsum("bhij,bjhd->bihd", nn.softmax(logits), v).reshape(b, h * w, c)
+    q, k, v = y.reshape(b, h * w, 3, HEADS, c // HEADS).transpose(2, 0, 3, 1, 4)
+    y = kernels.attend(q, k, v).transpose(0, 2, 1, 3).reshape(b, h * w, c)
     x = y @ out + _bias(vectors[1], c, context) + x
     y = _layer_norm(x, *_norm_vectors(vectors[2], context))
     y = nn.gelu(y @ first + _bias(vectors[3], c, context), approximate=False)

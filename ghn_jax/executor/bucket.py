@@ -119,6 +119,12 @@ class Bucket:
         """The distinct (size, channels) of the bucket's states, in order of first use."""
         return tuple(dict.fromkeys(self._sizes))
 
+    @functools.cached_property
+    def stages(self) -> tuple[int, ...]:
+        """The planes that the cells of the three stages work in, where most states are."""
+        sizes = self._sizes if self.stem == "vit" else self._sizes[1::2]
+        return tuple(dict.fromkeys(self.plane(*size) for size in sizes))
+
     def plane(self, size: int, channels: int) -> int:
         """Index of a plane."""
         return self.planes.index((size, channels))

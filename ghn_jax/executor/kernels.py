@@ -208,3 +208,40 @@ def avg_pool(x: jax.Array, stride: int) -> jax.Array:
 
     count = counts(x.shape[1], height)[:, None] * counts(x.shape[2], width)[None]
     return total / count[:, :, None]
+
+
+def _each_image(function, *arrays):
+    """Maps over images: one at a time on CPUs, where one image's intermediates fit the cache."""
+    if jax.default_backend() == "cpu":
+        return lax.map(lambda x: function(*x), arrays)
+    return jax.vmap(function)(*arrays)
+
+
+def _probabilities(q, k):
+    return jax.nn.softmax(jnp.einsum("hid,hjd->hij", q, k) * q.shape[-1] ** -0.5)
+
+
+@jax.custom_vjp
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention of (B, heads, positions, d) queries, keys and values.
+
+    The (positions, positions) probabilities are computed again for the gradient, not stored.
+    """
+    return _each_image(lambda q, k, v: _probabilities(q, k) @ v, q, k, v)
+
+
+def _attend_backward(residuals, g):
+    def one_image(q, k, v, g):
+        p = _probabilities(q, k)
+        dp = jnp.einsum("hid,hjd->hij", g, v)
+        ds = p * (dp - (dp * p).sum(-1, keepdims=True)) * q.shape[-1] ** -0.5
+        return (
+            jnp.einsum("hij,hjd->hid", ds, k),
+            jnp.einsum("hij,hid->hjd", ds, q),
+            jnp.einsum("hij,hid->hjd", p, g),
+        )
+
+    return _each_image(one_image, *residuals, g)
+
+
+attend.defvjp(lambda q, k, v: (attend(q, k, v), (q, k, v)), _attend_backward)

@@ -343,8 +343,26 @@ def head_tiles(tiles: Tiles, table: Instructions) -> dict[str, jax.Array]:
     }
 
 
+def save_head_tiles(dtiles: Tiles, table: Instructions, gradients: dict[str, jax.Array]) -> Tiles:
+    """Writes the cotangents of `head_tiles` into `dtiles`."""
+    bias = jnp.zeros(dtiles[VECTOR].shape[1:]).at[1].set(gradients["hidden_bias"])
+    used = table.hidden > 0  # without a hidden layer its row belongs to another node
+    old = _read(dtiles[KERNEL], table.head[2])
+    return {
+        **dtiles,
+        CLASSIFIER: _write(dtiles[CLASSIFIER], table.head[0], gradients["classifier"]),
+        CLASSIFIER_BIAS: _write(
+            dtiles[CLASSIFIER_BIAS], table.head[1], gradients["classifier_bias"]
+        ),
+        KERNEL: _write(
+            dtiles[KERNEL], table.head[2], jnp.where(used, gradients["hidden"][None], old)
+        ),
+        VECTOR: _write(dtiles[VECTOR], table.head[3], bias),
+    }
+
+
 def head(
-    bucket, normalise: bool, weights: dict[str, jax.Array], table: Instructions, x, dropout=None
+    normalise: bool, weights: dict[str, jax.Array], table: Instructions, x, dropout=None
 ):
     """The classifier: (B, bins) binned features -> (B, classes) logits.
 
@@ -382,4 +400,4 @@ def execute(bucket, capacity, normalise, tiles: Tiles, table: Instructions, imag
       dropout: see `head`.
     """
     x = features(bucket, capacity, normalise, tiles, table, images)
-    return head(bucket, normalise, head_tiles(tiles, table), table, x, dropout)
+    return head(normalise, head_tiles(tiles, table), table, x, dropout)

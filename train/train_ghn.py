@@ -1,0 +1,190 @@
+"""Trains a graph hypernetwork (paper Eq. 2, § 5.1).
+
+    python train/train_ghn.py --dataset cifar10 --data-dir DIR --preset ghn2 --steps 200 --out runs/x
+
+Every option of the preset can be changed on the command line. `runs/x/metrics.jsonl` gets one
+object for each update, `runs/x/checkpoints` the model, the optimizer and the position in the images
+and architectures; `--resume` goes on exactly where the last checkpoint was. The README states how
+long it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from ghn_jax.architecture import Architecture
+from ghn_jax.checkpoint import Checkpoints
+from ghn_jax.compilation import CompilationCounter, keep_programs
+from ghn_jax.deepnets1m import DeepNets1M
+from ghn_jax.images import Images, load_images, prefetch, steps_per_epoch, train_batches
+from ghn_jax.metabatch import MetaBatch, Stream
+from ghn_jax.metastep import MetaStep
+from ghn_jax.presets import PRESETS, TrainConfig, preset
+from ghn_jax.sampling import sample_architecture, seeded
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """Reads the command line: a preset, and options that change it."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default="ghn2")
+    name = first.parse_known_args(arguments)[0].preset
+    default = preset(name)
+    return tyro.cli(
+        TrainConfig,
+        default=default,
+        args=arguments,
+        description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. Defaults shown are those of {name}.",
+    )
+
+
+def architecture_source(config: TrainConfig, image_size: int) -> Callable[[int], Architecture]:
+    """Position of the stream -> architecture: generated, or from an official file."""
+    rules = config.rules(image_size)
+    if config.nets is None:
+        return lambda position: sample_architecture("train", config.seed, position, rules=rules)
+    nets = DeepNets1M.open(
+        config.nets, "train", image_size=image_size, rules=rules, seed=config.seed
+    )
+
+    def from_file(position: int) -> Architecture:
+        # Every pass over the file in an order and with widths of its own.
+        epoch, place = divmod(position, len(nets))
+        order = seeded("order of nets", config.seed, epoch).permutation(len(nets))
+        return nets.architecture(int(order[place]), seed=config.seed + epoch)
+
+    return from_file
+
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError for options that cannot work, before any long work."""
+    for field in ("epochs", "batch_size", "meta_batch", "save_every", "workers", "max_nodes"):
+        value = getattr(config, field)
+        if value < 1:
+            raise ValueError(f"--{field.replace('_', '-')} is {value}; allowed: 1 or more")
+    if config.steps is not None and config.steps < 1:
+        raise ValueError(f"--steps is {config.steps}; allowed: 1 or more")
+    latest = Checkpoints(config.out).latest()
+    if latest is not None and not config.resume:
+        raise ValueError(
+            f"{config.out} holds a run of {latest} updates already; add --resume to go on with it, "
+            "or give another --out"
+        )
+    if latest is None and config.resume:
+        raise ValueError(f"--resume was given, but {config.out} holds no checkpoint; leave it out")
+
+
+def trim_metrics(path: Path, steps: int) -> None:
+    """Drops records of updates after a checkpoint: they are made again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= steps]
+        path.write_text("".join(line + "\n" for line in kept))
+
+
+def train(config: TrainConfig, images: Images) -> None:
+    """Runs the updates, writes metrics and checkpoints."""
+    checkpoints = Checkpoints(config.out)
+    per_epoch = steps_per_epoch(images, config.batch_size)
+    total = config.steps or config.epochs * per_epoch
+    ghn = config.ghn(images.num_classes, images.image_size)
+    step_fn = MetaStep(
+        ghn,
+        config.optimizer(per_epoch),
+        smoothing=config.label_smoothing,
+        seed=config.seed,
+    )
+    state, position = step_fn.init(config.seed), 0
+    if config.resume:
+        like = {"params": state.params, "training": (state.opt_state, state.step)}
+        _, position, trees = checkpoints.load(**like)
+        state = type(state)(trees["params"], *trees["training"])
+    else:
+        options = {k: str(v) if isinstance(v, Path) else v
+                   for k, v in dataclasses.asdict(config).items()}  # fmt: skip
+        checkpoints.write_config(ghn, training=options, image_size=images.image_size)
+    done = int(state.step)
+    stream = Stream(
+        ghn,
+        architecture_source(config, images.image_size),
+        size=config.meta_batch,
+        image_size=images.image_size,
+        n_groups=config.workers if jax.default_backend() == "cpu" else 1,
+        max_nodes=config.max_nodes,
+    )
+    counter = CompilationCounter()
+    metrics_path = config.out / "metrics.jsonl"
+    trim_metrics(metrics_path, done)
+
+    def save(state, position):
+        training = (state.opt_state, state.step)
+        checkpoints.save(int(state.step), position, params=state.params, training=training)
+
+    meta_batches: Iterator[MetaBatch] = prefetch(stream.batches(position), size=4)
+    image_batches = prefetch(
+        train_batches(images, config.batch_size, seed=config.seed, start_step=done)
+    )
+    seen = position
+    with (
+        closing(meta_batches),
+        closing(image_batches),
+        metrics_path.open("a", buffering=1) as log,
+        tqdm(total=total, initial=done, unit="update", dynamic_ncols=True) as bar,
+    ):
+        for step in range(done + 1, total + 1):
+            start = time.perf_counter()
+            batch = next(meta_batches)
+            state, metrics = step_fn(state, batch, *next(image_batches))
+            metrics = jax.device_get(metrics)
+            seconds, position = time.perf_counter() - start, batch.position
+            seen += len(batch.architectures)
+            loss = float(metrics.loss)
+            record = {
+                "step": step,
+                "loss": loss if metrics.applied and math.isfinite(loss) else None,
+                "top1": float(metrics.top1),
+                "seconds": round(seconds, 4),
+                "nodes": batch.nodes,
+                "architectures": seen,
+                "compilations": counter.count,
+            }
+            log.write(json.dumps(record) + "\n")
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", top1=f"{metrics.top1:.1%}", programs=counter.count)
+            if not metrics.applied:
+                bar.write(f"update {step} passed over: loss {loss}, not finite; its architectures "
+                          "are left out")  # fmt: skip
+            if step % config.save_every == 0 or step == total:
+                save(state, position)
+    bar.write(
+        f"{total} updates; {counter.count} programs, {counter.seconds:.0f} s compiling them. "
+        f"Checkpoint and metrics in {config.out}"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point."""
+    config = parse(arguments)
+    check(config)
+    keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
+    images = load_images(config.dataset, "train", data_dir=config.data_dir)
+    train(config, images)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_ghn.py: {error}")
