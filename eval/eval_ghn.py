@@ -1,6 +1,6 @@
-"""Predicts parameters for unseen architectures and evaluates them (paper § 5.1).
+r"""Predicts parameters for unseen architectures and evaluates them (paper § 5.1).
 
-    python eval/eval_ghn.py --ckpt runs/x --dataset cifar10 --data-dir DIR --split test --num 20 \\
+    python eval/eval_ghn.py --ckpt runs/x --dataset cifar10 --data-dir DIR --split test --num 20 \
         --out results.json
 
 Writes one record for each architecture and prints the mean with its standard error, and the best.
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
     check(config)
     keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
     ghn, variables = load_ghn(config.ckpt)
-    # Hyperparameters are chosen on held-out training images, everything else is tested on test ones.
+    # Hyperparameters are chosen on held-out training images, the rest is tested on test images.
     part = "val" if config.split == "val" else "test"
     images = load_images(config.dataset, part, data_dir=config.data_dir)
     if images.num_classes != ghn.num_classes:
@@ -102,7 +102,9 @@ def main(arguments: list[str]) -> None:
     print(f"{len(records)} networks of {config.split} on {config.dataset} ({part}): "
           f"top-1 {mean:.2%} ± {error:.2%} (standard error), best {best:.2%}")  # fmt: skip
     if config.random:
-        print("with random parameters: top-1 {:.2%} ± {:.2%}".format(*summary(records, "top1_random")))
+        print(
+            "with random parameters: top-1 {:.2%} ± {:.2%}".format(*summary(records, "top1_random"))
+        )
     if config.out is not None:
         config.out.write_text(json.dumps(records, indent=1) + "\n")
 

@@ -29,8 +29,8 @@ def _ghn_from_config(config: dict[str, Any], path: Path) -> GHN:
     fields = set(ghn_config(GHN()))
     if set(config) != fields:
         raise ValueError(
-            f"{path} describes a hypernetwork by {sorted(config)}, expected {sorted(fields)}; it is "
-            "not one of this version's checkpoints"
+            f"{path} describes a hypernetwork by {sorted(config)}, expected {sorted(fields)}; "
+            "it is not one of this version's checkpoints"
         )
     return GHN(**{**config, "max_shape": tuple(config["max_shape"])})
 
@@ -77,7 +77,9 @@ class Checkpoints:
             config = json.loads(path.read_text())
             config["ghn"].keys()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); it should be JSON with a key 'ghn'") from None
+            raise ValueError(
+                f"{path} is damaged ({error}); it should be JSON with a key 'ghn'"
+            ) from None
         return config
 
     def ghn(self) -> GHN:
@@ -136,7 +138,9 @@ def _shapes(tree: Any) -> dict[str, tuple]:
 
     def name(path):
         # A restored tree has dictionaries and lists where the one saved had named tuples.
-        return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+        return "/".join(
+            str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path
+        )
 
     return {name(path): tuple(leaf.shape) for path, leaf in leaves}
 

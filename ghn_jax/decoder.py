@@ -65,9 +65,7 @@ class ShapeEncoder(nn.Module):
         rows = [
             by_channel[channel_rows[jnp.minimum(shape[:, i], len(channel_rows) - 1)]]
             for i in (0, 1)
-        ] + [
-            by_size[spatial_rows[jnp.minimum(shape[:, i], len(spatial_rows) - 1)]] for i in (2, 3)
-        ]
+        ] + [by_size[spatial_rows[jnp.minimum(shape[:, i], len(spatial_rows) - 1)]] for i in (2, 3)]
         return jnp.concatenate(rows, axis=-1)
 
 
@@ -89,6 +87,7 @@ class Decoder(nn.Module):
     num_classes: int
 
     def setup(self):
+        """Makes the layers that `__call__` chooses from."""
         d = self.features
         out, in_, height, width = self.max_shape
         mid, wide = 4 * d, 8 * d
@@ -155,5 +154,3 @@ class Decoder(nn.Module):
     def classifier_bias(self, x: jax.Array) -> jax.Array:
         """(n, d) -> (n, classes)."""
         return dense(self.class_bias, nn.relu(self.vector(x)[:, 1]))
-
-

@@ -23,8 +23,7 @@ from ghn_jax.network import build_network
 
 
 class Accuracy(NamedTuple):
-    """Of one network on a set of images: fractions of them, their number, and seconds taken,
-    compilation included."""
+    """Of one network: fractions of the images, their number, and seconds with compilation."""
 
     top1: float
     top5: float

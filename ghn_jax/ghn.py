@@ -49,6 +49,7 @@ class GHN(nn.Module):
     dummy_op: bool = True
 
     def setup(self):
+        """Makes the parts; their parameters are shared by everything below."""
         if self.hypernet not in ("gatedgnn", "mlp"):
             raise ValueError(f"hypernet is {self.hypernet!r}; allowed: 'gatedgnn', 'mlp'")
         d = self.features

@@ -306,7 +306,9 @@ def pad_graphs(
     steps = max(len(rows) for rows in sweeps.values())
     n_step = next_power_of_two(steps) if n_step is None else n_step
     if steps > n_step:
-        raise ValueError(f"the graphs need {steps} sweep steps, more than n_step={n_step}; raise it")
+        raise ValueError(
+            f"the graphs need {steps} sweep steps, more than n_step={n_step}; raise it"
+        )
     for name, rows in sweeps.items():
         padding = np.full((n_step - len(rows), SWEEP_WIDTH), n_node, np.int32)
         sweeps[name] = np.concatenate([rows, padding])

@@ -38,8 +38,8 @@ SPLITS = ("train", "val", "test")
 _IMAGE_SIZES = {"digits": 16, "cifar10": 32, "imagenet2012": 224}
 _MIN_IMAGE_SIZE = 8
 
-# The paper holds out 5,000 training images of CIFAR-10's 50,000, and 50,000 of ImageNet's 1,281,167:
-# a tenth, but at most this many.
+# The paper holds out 5,000 training images of CIFAR-10's 50,000, and 50,000 of ImageNet's
+# 1,281,167: a tenth, but at most this many.
 _MAX_HELD_OUT = 50_000
 
 # What TFDS calls the images that `test` means.
@@ -342,8 +342,8 @@ def _tfds_folder(name: str, data_dir: str | os.PathLike | None) -> Path:
     if not versions:
         missing = "does not exist" if not folder.is_dir() else f"has no prepared {name}"
         raise FileNotFoundError(
-            f"data_dir is {str(folder)!r}, which {missing}; expected {folder / name}/<version> with "
-            f"dataset_info.json and array_record files: pass another data_dir (or set "
+            f"data_dir is {str(folder)!r}, which {missing}; expected {folder / name}/<version> "
+            f"with dataset_info.json and array_record files: pass another data_dir (or set "
             f"TFDS_DATA_DIR), or make them once, where TensorFlow is installed, with "
             f"`tfds build {name} --file_format=array_record --data_dir={folder}`"
         )

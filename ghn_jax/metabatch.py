@@ -1,4 +1,4 @@
-"""Meta-batches: several architectures as the arrays of one update (paper § 4.3), made on the host."""
+"""Meta-batches: several architectures as the arrays of one update (§ 4.3), made on the host."""
 
 from __future__ import annotations
 
@@ -174,9 +174,7 @@ def make_meta_batch(
     n_groups = min(n_groups, len(graphs))
     for members in _divide([_cost(w) for w in wirings], n_groups):
         most = -(-len(graphs) // n_groups)
-        rows, names = tile_rows(
-            [graphs[i] for i in members], _row_capacity(image_size, most)
-        )
+        rows, names = tile_rows([graphs[i] for i in members], _row_capacity(image_size, most))
         group_offsets = np.concatenate([np.arange(len(graphs[i])) + offsets[i] for i in members])
         rows = rows._replace(
             nodes={kind: group_offsets[n].astype(np.int32) for kind, n in rows.nodes.items()}
@@ -186,9 +184,7 @@ def make_meta_batch(
         for i, row_of in zip(members, names, strict=True):
             bucket = Bucket.of(wirings[i])
             capacity = _capacity(bucket, needed_capacity(wirings[i]))
-            table = compile_instructions(
-                wirings[i], bucket, capacity, row_of, spare, ghn.normalise
-            )
+            table = compile_instructions(wirings[i], bucket, capacity, row_of, spare, ghn.normalise)
             programs.append(Program(bucket, capacity, table))
         groups.append(Group(rows, tuple(programs)))
     graph = pad_graphs(

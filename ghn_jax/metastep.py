@@ -33,8 +33,14 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one update, means over its architectures: () loss, () top1 as a fraction, () gradient
-    norm before clipping, and () whether the update was applied (all numbers were finite)."""
+    """Of one update: scalars, means over its architectures.
+
+    Attributes:
+      loss: cross-entropy.
+      top1: fraction of images classified right.
+      grad_norm: global norm of the gradient before clipping.
+      applied: whether all numbers were finite; otherwise the update was passed over.
+    """
 
     loss: jax.Array
     top1: jax.Array

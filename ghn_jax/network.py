@@ -322,9 +322,7 @@ class Network(nn.Module):
         return x
 
 
-def build_network(
-    arch: Architecture, num_classes: int = 10, image_size: int = 32
-) -> Network:
+def build_network(arch: Architecture, num_classes: int = 10, image_size: int = 32) -> Network:
     """The Flax module of an architecture.
 
     Args:

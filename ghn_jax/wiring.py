@@ -167,7 +167,9 @@ class _Builder:
             self.add("subsample", "", cell, feature, (out,), channels, stride=2)
             return out
         out = self.state(channels, out_size)
-        self._mix("factorized_reduce" if halve else "preprocess", name, cell, feature, out, channels)
+        self._mix(
+            "factorized_reduce" if halve else "preprocess", name, cell, feature, out, channels
+        )
         return out
 
     def _mix(self, kind, name, cell, feature, out, channels) -> None:
@@ -193,8 +195,8 @@ class _Builder:
             out = None
             for j in (2 * node, 2 * node + 1):
                 kind, source = edges[j]
-                # Without `live_only`, `none` still makes a (never written) state, so that what reads
-                # it is listed too.
+                # Without `live_only`, `none` still makes a (never written) state, so that what
+                # reads it is listed too.
                 if states[source] is None or (kind == "none" and self.live_only):
                     continue
                 stride = 2 if reduction and source < 2 and not arch.has_attention else 1
@@ -347,12 +349,13 @@ def _separable_nodes(op: Operation, norm: bool) -> list[Node]:
 
 def _reduce_nodes(op: Operation, norm: bool) -> list[Node]:
     shape = (op.out_channels // 2, op.in_channels, 1, 1)
+    bn = _norm(f"{op.name}.bn", op.out_channels, norm)
     return [
         Node("conv", f"{op.name}.conv_1.weight", shape),
         Node("conv", f"{op.name}.conv_2.weight", shape),
         Node("concat", sources=(0, 1)),
-        *(dataclasses.replace(n, sources=(2,)) for n in _norm(f"{op.name}.bn", op.out_channels, norm)),
-    ]  # fmt: skip
+        *(dataclasses.replace(node, sources=(2,)) for node in bn),
+    ]
 
 
 def _excite_nodes(op: Operation) -> list[Node]:

@@ -209,9 +209,7 @@ class Group:
         rows, (names,) = tile_rows([case.graph], self.sizes)
         rng = np.random.default_rng(seed)
         tiles = {
-            kind: rng.standard_normal(
-                (len(nodes), *tile_shape(self.ghn, kind)), dtype=np.float32
-            )
+            kind: rng.standard_normal((len(nodes), *tile_shape(self.ghn, kind)), dtype=np.float32)
             for kind, nodes in rows.nodes.items()
         }
         table = compile_instructions(
@@ -359,7 +357,8 @@ def test_one_program_runs_every_architecture():
     group = group_of(bucket)
     fitting = [c for c in others if c.bucket == bucket
                and fits(needed_capacity(c.wiring), group.capacity)
-               and all(len(n) < group.sizes[k] for k, n in nodes_by_kind(c.graph).items())]  # fmt: skip
+               and all(len(n) < group.sizes[k]
+                       for k, n in nodes_by_kind(c.graph).items())]  # fmt: skip
     assert len(fitting) >= 20
     results = set()
     for case in fitting[:20]:

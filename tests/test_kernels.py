@@ -122,7 +122,9 @@ def test_batch_norm():
     # Off-centre and of small variance: the mean and the epsilon matter.
     z = 0.01 * images(7) + 0.1
     vectors = random(CHANNELS, seed=2), random(CHANNELS, seed=3)
-    assert_same(lambda z, a, b: kernels.batch_norm(z, a, b, jnp.array(True)), batch_norm, z, *vectors)
+    assert_same(
+        lambda z, a, b: kernels.batch_norm(z, a, b, jnp.array(True)), batch_norm, z, *vectors
+    )
 
 
 def test_batch_norm_is_flax_on_batch_statistics():

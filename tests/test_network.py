@@ -152,10 +152,8 @@ def test_heads():
 
 def test_flat_head_is_in_pytorch_order():
     """Features are flattened channel by channel, so that the authors' weights fit."""
-    arch = Architecture(
-        Genotype((("skip_connect", 1), ("none", 0)), (2,), (("skip_connect", 1), ("none", 0)), (2,)),
-        1, C=8, preproc=False, C_mult=1, norm=None, glob_avg=False,
-    )  # fmt: skip
+    copies = Genotype(*2 * ((("skip_connect", 1), ("none", 0)), (2,)))
+    arch = Architecture(copies, 1, C=8, C_mult=1, preproc=False, norm=None, glob_avg=False)
     network = build_network(arch, image_size=8)
     images = np.random.default_rng(0).standard_normal((2, 8, 8, 3), dtype=np.float32)
     params = network.init(jax.random.key(0), images)["params"]
@@ -187,7 +185,9 @@ def test_dropout_in_training_only():
     keys = jax.random.split(jax.random.key(3), 2000)
     many = jax.jit(jax.vmap(lambda k: network.apply(
         variables, images, train=True, rngs={"dropout": k})))(keys)  # fmt: skip
-    np.testing.assert_allclose(many.mean(0), expected, atol=6 * float(many.std(0).max()) / 2000**0.5)
+    np.testing.assert_allclose(
+        many.mean(0), expected, atol=6 * float(many.std(0).max()) / 2000**0.5
+    )
 
 
 def test_one_layer_has_no_dropout():

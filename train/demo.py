@@ -19,9 +19,10 @@ import train_ghn
 import tyro
 from tqdm import tqdm
 
+from ghn_jax.charts import accuracy_bars, training_curve
 from ghn_jax.checkpoint import load_ghn
 from ghn_jax.compilation import keep_programs
-from ghn_jax.draw import accuracy_bars, draw_graph, training_curve
+from ghn_jax.drawing import draw_graph
 from ghn_jax.evaluation import evaluate_ghn, named_architectures, summary
 from ghn_jax.images import load_images
 from ghn_jax.presets import preset
@@ -50,7 +51,9 @@ def table(records: list[dict]) -> str:
     """The accuracies as text, networks of the training rules first."""
     lines = [f"{'network':<12}{'parameters':>12}{'predicted':>12}{'random':>10}"]
     for r in records:
-        lines.append(f"{r['name']:<12}{r['parameters']:>12,}{r['top1']:>12.1%}{r['top1_random']:>10.1%}")
+        lines.append(
+            f"{r['name']:<12}{r['parameters']:>12,}{r['top1']:>12.1%}{r['top1_random']:>10.1%}"
+        )
     unseen = records[:UNSEEN]
     mean, error, best = summary(unseen)
     random = summary(unseen, "top1_random")[0]

@@ -1,6 +1,7 @@
-"""Trains a graph hypernetwork (paper Eq. 2, § 5.1).
+r"""Trains a graph hypernetwork (paper Eq. 2, § 5.1).
 
-    python train/train_ghn.py --dataset cifar10 --data-dir DIR --preset ghn2 --steps 200 --out runs/x
+    python train/train_ghn.py --dataset cifar10 --data-dir DIR --preset ghn2 --steps 200 \
+        --out runs/x
 
 Every option of the preset can be changed on the command line. `runs/x/metrics.jsonl` gets one
 object for each update, `runs/x/checkpoints` the model, the optimizer and the position in the images
@@ -30,6 +31,7 @@ from ghn_jax.checkpoint import Checkpoints
 from ghn_jax.compilation import CompilationCounter, keep_programs
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.images import Images, load_images, prefetch, steps_per_epoch, train_batches
+from ghn_jax.memory import keep_memory
 from ghn_jax.metabatch import MetaBatch, Stream
 from ghn_jax.metastep import MetaStep
 from ghn_jax.presets import PRESETS, TrainConfig, preset
@@ -46,7 +48,7 @@ def parse(arguments: list[str]) -> TrainConfig:
         TrainConfig,
         default=default,
         args=arguments,
-        description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. Defaults shown are those of {name}.",
+        description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. Defaults are those of {name}.",
     )
 
 
@@ -179,6 +181,7 @@ def main(arguments: list[str]) -> None:
     config = parse(arguments)
     check(config)
     keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
+    keep_memory()
     images = load_images(config.dataset, "train", data_dir=config.data_dir)
     train(config, images)
 

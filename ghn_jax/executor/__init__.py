@@ -1,0 +1,1 @@
+"""The executor: any architecture of a bucket as data to one compiled program."""

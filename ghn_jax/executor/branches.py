@@ -63,9 +63,7 @@ def _kernel(tile, out, in_, context, height=None, width=None, decoder="kernel"):
 def window(x: jax.Array, axis: int, offset: jax.Array, size: int) -> jax.Array:
     """`size` entries of an endlessly repeated axis, from a traced offset."""
     have = x.shape[axis]
-    return lax.dynamic_slice_in_dim(
-        tile_axis(x, axis, have + size, jnp), offset % have, size, axis
-    )
+    return lax.dynamic_slice_in_dim(tile_axis(x, axis, have + size, jnp), offset % have, size, axis)
 
 
 def _norm_vectors(vector, context, channels=None):
@@ -183,7 +181,9 @@ def _stem_vit(size: int):
         w = _kernel(tiles[0], context.channels, 3, context, k, k)
         # Kernel and stride are equal: every pixel belongs to one patch, so this is one product.
         pad = 1 if k == 3 else 0
-        images = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))[:, : size * k, : size * k]
+        images = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))[
+            :, : size * k, : size * k
+        ]
         b = len(images)
         patches = images.reshape(b, size, k, size, k, 3).transpose(0, 1, 3, 2, 4, 5)
         x = patches.reshape(b, size, size, k * k * 3) @ w.reshape(-1, context.channels)

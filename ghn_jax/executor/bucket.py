@@ -109,7 +109,8 @@ class Bucket:
             return tuple((size, n) for n in c)
         size = -(-self.image_size // (4 if large else 1))
         first = -(-size // 2) if self.stem == "half" else size
-        second, third = -(-first // 2), -(-(-(-first // 2)) // 2)
+        second = -(-first // 2)
+        third = -(-second // 2)
         return (size, c[0]), (first, c[0]), (first, c[1]), (second, c[1]), (second, c[2]), (
             third, c[2],
         )  # fmt: skip

@@ -154,9 +154,7 @@ class _Lister:
         elif op.kind in ("preprocess", "factorized_reduce"):
             part = op.in_channels // len(op.inputs)
             sources = [(s, i * part) for i, s in enumerate(op.inputs) if s is not None]
-            self.add(
-                UNITS[op.kind], sources, op.output[0], kernels, vectors, fan_in=op.in_channels
-            )
+            self.add(UNITS[op.kind], sources, op.output[0], kernels, vectors, fan_in=op.in_channels)
         elif op.kind.startswith("sep_conv"):
             middle = len(self.planes)
             self.planes.append(self.planes[op.output[0]])

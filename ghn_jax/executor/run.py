@@ -5,8 +5,9 @@ walks it in reverse, computes each branch again from its stored inputs and takes
 residual of any branch is stored.
 
 How an instruction is chosen: `lax.switch` would copy every array that a branch writes to. Instead
-each kind is a `while` loop that runs once or not at all (`_when`): XLA updates a loop's arrays in place, and on CPUs it spreads the body's operations over
-the cores, which it does not do inside branches. Measured on two cores (64 images, 32x32, 32
+each kind is a `while` loop that runs once or not at all (`_when`): XLA updates a loop's arrays in
+place, and on CPUs it spreads the body's operations over the cores, which it does not do inside
+branches. Measured on two cores (64 images, 32x32, 32
 channels; ms for one instruction, identity and 1x1 convolution): loops 0.8 and 3.6, a switch that
 returns the state 1.2 and 2.6, a switch over the arrays 55 and 63.
 """
@@ -23,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from ghn_jax.executor.branches import VECTOR, Context, branch_of, finish, stride_of
-from ghn_jax.executor.bucket import Bucket, Capacity, Kind
+from ghn_jax.executor.bucket import Bucket, Kind
 from ghn_jax.executor.program import Instructions
 from ghn_jax.parameters import TileKind, squash_bias, tile_axis
 
@@ -299,7 +300,15 @@ def forward(bucket, capacity, normalise, tiles: Tiles, table: Instructions, imag
 
 
 def backward(
-    bucket, capacity, normalise, tiles: Tiles, table: Instructions, images, values, dfeatures, dtiles
+    bucket,
+    capacity,
+    normalise,
+    tiles: Tiles,
+    table: Instructions,
+    images,
+    values,
+    dfeatures,
+    dtiles,
 ):
     """Writes the cotangents of the tiles that an architecture reads into `dtiles`."""
     program = _Program(bucket, capacity, normalise, tiles, table, images)
@@ -322,15 +331,11 @@ def _features_forward(bucket, capacity, normalise, tiles, table, images):
 def _features_backward(bucket, capacity, normalise, residuals, g):
     tiles, table, images, values = residuals
     dtiles = jax.tree.map(jnp.zeros_like, tiles)
-    dtiles = backward(
-        bucket, capacity, normalise, tiles, table, images, values, g, dtiles
-    )
+    dtiles = backward(bucket, capacity, normalise, tiles, table, images, values, g, dtiles)
     return dtiles, None, None
 
 
 features.defvjp(_features_forward, _features_backward)
-
-
 
 
 def head_tiles(tiles: Tiles, table: Instructions) -> dict[str, jax.Array]:
@@ -361,9 +366,7 @@ def save_head_tiles(dtiles: Tiles, table: Instructions, gradients: dict[str, jax
     }
 
 
-def head(
-    normalise: bool, weights: dict[str, jax.Array], table: Instructions, x, dropout=None
-):
+def head(normalise: bool, weights: dict[str, jax.Array], table: Instructions, x, dropout=None):
     """The classifier: (B, bins) binned features -> (B, classes) logits.
 
     Args:
@@ -371,8 +374,9 @@ def head(
       dropout: (B, MAX_HIDDEN) factors of the hidden layer, 0 or 2; None for no dropout.
     """
     bins = x.shape[1]
-    bias, hidden_bias = weights["classifier_bias"], tile_axis(
-        weights["hidden_bias"], 0, MAX_HIDDEN, jnp
+    bias, hidden_bias = (
+        weights["classifier_bias"],
+        tile_axis(weights["hidden_bias"], 0, MAX_HIDDEN, jnp),
     )
     if normalise:
         bias, hidden_bias = squash_bias(bias, jnp), squash_bias(hidden_bias, jnp)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from ghn_jax import draw
+from ghn_jax import charts, drawing, layout
 from ghn_jax.graph import PRIMITIVES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ def real_edges(graph):
 
 
 def lay_out(graph):
-    return draw.layout_graph(len(graph.primitives), real_edges(graph))
+    return layout.layout_graph(len(graph.primitives), real_edges(graph))
 
 
 def markers(figure):
@@ -76,16 +76,16 @@ def markers(figure):
     return {c.get_gid().removeprefix("nodes:"): np.asarray(c.get_offsets()) for c in collections}
 
 
-def traced_edges(layout):
+def traced_edges(placed):
     """The edges that an eye would see: (source, target) joined by the layout's polylines."""
 
     def key(point):
         return round(float(point[0]), 6), round(float(point[1]), 6)
 
     follow = {}
-    for line in [*layout.curves, *layout.carried]:
+    for line in [*placed.curves, *placed.carried]:
         follow.setdefault(key(line[0]), set()).add(key(line[-1]))
-    node_at = {key(point): node for node, point in enumerate(layout.positions)}
+    node_at = {key(point): node for node, point in enumerate(placed.positions)}
     edges = set()
     for start, source in node_at.items():
         frontier = list(follow.get(start, ()))
@@ -100,37 +100,37 @@ def traced_edges(layout):
 
 
 def check_layout(graph):
-    layout, edges = lay_out(graph), real_edges(graph)
+    placed, edges = lay_out(graph), real_edges(graph)
     source, target = edges.T
     # Layers are longest paths: below every source, and right below one of them.
-    assert (layout.layers[target] > layout.layers[source]).all()
+    assert (placed.layers[target] > placed.layers[source]).all()
     nearest = np.full(len(graph.primitives), -1)
-    np.maximum.at(nearest, target, layout.layers[source])
-    np.testing.assert_array_equal(layout.layers, nearest + 1)
+    np.maximum.at(nearest, target, placed.layers[source])
+    np.testing.assert_array_equal(placed.layers, nearest + 1)
     # Edges point downwards on the page, or on to a later column.
-    same = layout.columns[source] == layout.columns[target]
-    assert (layout.positions[target, 1] < layout.positions[source, 1])[same].all()
-    assert (layout.columns[target] >= layout.columns[source]).all()
+    same = placed.columns[source] == placed.columns[target]
+    assert (placed.positions[target, 1] < placed.positions[source, 1])[same].all()
+    assert (placed.columns[target] >= placed.columns[source]).all()
     # Columns do not overlap.
-    for column in range(layout.columns.max()):
-        left, right = (layout.positions[layout.columns == column + i, 0] for i in (0, 1))
+    for column in range(placed.columns.max()):
+        left, right = (placed.positions[placed.columns == column + i, 0] for i in (0, 1))
         assert left.max() + 1 < right.min()
     # No marker lies on another.
-    away = layout.positions[:, None] - layout.positions
+    away = placed.positions[:, None] - placed.positions
     distance = np.hypot(away[..., 0], away[..., 1]) + 9 * np.eye(len(away))
     assert distance.min() > 0.99
     # Exactly the real edges are drawn.
-    assert traced_edges(layout) == {tuple(edge) for edge in edges.tolist()}
-    return layout
+    assert traced_edges(placed) == {tuple(edge) for edge in edges.tolist()}
+    return placed
 
 
 # --- Layout ---------------------------------------------------------------------------------------
 
 
 def test_layout_of_the_small_graph():
-    layout = check_layout(small_graph())
-    assert layout.layers.tolist() == [6, 0, 1, 2, 3, 3, 4, 5]
-    assert layout.columns.max() == 0
+    placed = check_layout(small_graph())
+    assert placed.layers.tolist() == [6, 0, 1, 2, 3, 3, 4, 5]
+    assert placed.columns.max() == 0
 
 
 @needs_sample
@@ -149,49 +149,49 @@ def test_layout_of_the_evaluation_samples(split):
 @needs_sample
 def test_carried_lines_keep_off_the_nodes():
     for graph in sample_graphs("dense", range(6)):
-        layout = lay_out(graph)
-        for line in layout.carried:
+        placed = lay_out(graph)
+        for line in placed.carried:
             pieces = np.concatenate([np.linspace(a, b, 50) for a, b in itertools.pairwise(line)])
-            away = pieces[:, None] - layout.positions
+            away = pieces[:, None] - placed.positions
             distance = np.hypot(away[..., 0], away[..., 1])
-            ends = (np.abs(layout.positions - line[0]) < 1e-6).all(1)
-            ends |= (np.abs(layout.positions - line[-1]) < 1e-6).all(1)
+            ends = (np.abs(placed.positions - line[0]) < 1e-6).all(1)
+            ends |= (np.abs(placed.positions - line[-1]) < 1e-6).all(1)
             assert distance[:, ~ends].min(initial=9) > 0.4
 
 
 def test_a_short_chain_is_one_column_and_a_long_one_a_page():
     chain = [(i, i + 1) for i in range(299)]
-    assert draw.layout_graph(25, chain[:24]).columns.max() == 0
-    layout = draw.layout_graph(300, chain)
-    heights = np.bincount(layout.columns)
-    width, height = np.ptp(layout.positions, axis=0)
+    assert layout.layout_graph(25, chain[:24]).columns.max() == 0
+    placed = layout.layout_graph(300, chain)
+    heights = np.bincount(placed.columns)
+    width, height = np.ptp(placed.positions, axis=0)
     assert 0.5 < width / height < 2
     assert heights.min() > 0.7 * heights.max()
-    assert len(layout.carried) == len(heights) - 1
+    assert len(placed.carried) == len(heights) - 1
     for column in range(len(heights)):  # a chain is drawn straight
-        assert np.ptp(layout.positions[layout.columns == column, 0]) < 1e-6
+        assert np.ptp(placed.positions[placed.columns == column, 0]) < 1e-6
 
 
 def test_a_chain_stays_straight_beside_its_residual_connections():
     edges = [(i, i + 1) for i in range(20)] + [(i, i + 5) for i in range(0, 20, 5)]
-    layout = draw.layout_graph(21, edges)
-    assert np.ptp(layout.positions[:, 0]) < 1e-6
-    lines = np.concatenate(layout.curves)
+    placed = layout.layout_graph(21, edges)
+    assert np.ptp(placed.positions[:, 0]) < 1e-6
+    lines = np.concatenate(placed.curves)
     assert np.ptp(lines[:, 0]) > 0.5  # the connections go around the nodes
 
 
 def test_lines_do_not_cross_where_they_need_not():
     # Two chains listed in opposite orders from layer to layer.
     edges = [(0, 3), (1, 2), (3, 4), (2, 5), (4, 7), (5, 6)]
-    layout = draw.layout_graph(8, edges)
-    side = np.sign(layout.positions[[0, 3, 4, 7], 0] - layout.positions[[1, 2, 5, 6], 0])
+    placed = layout.layout_graph(8, edges)
+    side = np.sign(placed.positions[[0, 3, 4, 7], 0] - placed.positions[[1, 2, 5, 6], 0])
     assert abs(side.sum()) == 4
 
 
 def test_each_move_undoes_a_crossing():
-    tracks = draw._tracks(np.array([0, 0, 1, 1]), np.array([(0, 3), (1, 2)]))
-    for move in (draw._Order.swap, lambda order: order.sweep(down=True)):
-        order = draw._Order(tracks)
+    tracks = layout._tracks(np.array([0, 0, 1, 1]), np.array([(0, 3), (1, 2)]))
+    for move in (layout._Order.swap, lambda order: order.sweep(down=True)):
+        order = layout._Order(tracks)
         assert order.crossings() == 9  # two edges of weight 3
         move(order)
         assert order.crossings() == 0
@@ -199,7 +199,7 @@ def test_each_move_undoes_a_crossing():
 
 def test_layout_is_deterministic():
     edges = real_edges(small_graph())
-    first, again = draw.layout_graph(8, edges), draw.layout_graph(8, edges[::-1])
+    first, again = layout.layout_graph(8, edges), layout.layout_graph(8, edges[::-1])
     np.testing.assert_array_equal(first.positions, again.positions)
 
 
@@ -215,7 +215,7 @@ def test_layout_is_deterministic():
 )
 def test_layout_refuses(n, edges, message):
     with pytest.raises(ValueError, match=message):
-        draw.layout_graph(n, np.array(edges, int).reshape(-1, 2))
+        layout.layout_graph(n, np.array(edges, int).reshape(-1, 2))
 
 
 # --- Graphs ---------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_layout_refuses(n, edges, message):
 
 def test_every_marker_of_the_small_graph():
     graph = small_graph()
-    drawn = markers(draw.draw_graph(graph))
+    drawn = markers(drawing.draw_graph(graph))
     expected = {"bias": 1, "input": 1, "conv": 1, "bn": 1, "conv_1x1": 2, "max_pool": 1, "sum": 1}
     assert {kind: len(at) for kind, at in drawn.items()} == expected
     positions = lay_out(graph).positions
@@ -236,7 +236,7 @@ def test_every_marker_of_the_small_graph():
 @pytest.mark.parametrize(("split", "index"), [("train", 0), ("train", 36), ("dense", 5)])
 def test_every_marker_of_real_graphs(split, index):
     (graph,) = sample_graphs(split, [index])
-    figure = draw.draw_graph(graph)
+    figure = drawing.draw_graph(graph)
     drawn = markers(figure)
     counts = Counter(PRIMITIVES[p] for p in graph.primitives)
     pointwise = sum(shape is not None for shape in graph.param_shapes)
@@ -271,11 +271,11 @@ def test_every_marker_of_real_graphs(split, index):
     ],
 )
 def test_only_pointwise_convolutions_are_triangles(name, shape, kind):
-    assert list(markers(draw.draw_graph(make_graph([name], [], [shape])))) == [kind]
+    assert list(markers(drawing.draw_graph(make_graph([name], [], [shape])))) == [kind]
 
 
 def test_pointwise_convolutions_are_blue_triangles():
-    figure = draw.draw_graph(small_graph())
+    figure = drawing.draw_graph(small_graph())
     found = {c.get_gid(): c for c in figure.axes[0].collections if c.get_gid()}
     pointwise, conv = found["nodes:conv_1x1"], found["nodes:conv"]
     assert to_hex(pointwise.get_facecolor()[0]) == to_hex(conv.get_facecolor()[0]) == "#0008ff"
@@ -284,10 +284,10 @@ def test_pointwise_convolutions_are_blue_triangles():
 
 
 def test_every_primitive_has_a_look_of_its_own():
-    assert set(draw.STYLES) == {*PRIMITIVES, "conv_1x1"}
-    looks = {(s.color, s.marker) for s in draw.STYLES.values()}
-    assert len(looks) == len(draw.STYLES)
-    assert len({s.label for s in draw.STYLES.values()}) == len(draw.STYLES)
+    assert set(drawing.STYLES) == {*PRIMITIVES, "conv_1x1"}
+    looks = {(s.color, s.marker) for s in drawing.STYLES.values()}
+    assert len(looks) == len(drawing.STYLES)
+    assert len({s.label for s in drawing.STYLES.values()}) == len(drawing.STYLES)
 
 
 @needs_sample
@@ -295,16 +295,16 @@ def test_legend_is_sorted_by_frequency_in_the_training_set():
     counts = Counter()
     for graph in sample_graphs("train", range(60)):
         counts.update(PRIMITIVES[p] for p in graph.primitives)
-    order = [kind for kind in draw.STYLES if kind != "conv_1x1"]
+    order = [kind for kind in drawing.STYLES if kind != "conv_1x1"]
     assert order == [name for name, _ in counts.most_common()]
 
 
 def test_legend_counts_what_is_drawn():
-    (legend,) = draw.draw_graph(small_graph()).legends
+    (legend,) = drawing.draw_graph(small_graph()).legends
     labels = [text.get_text() for text in legend.get_texts()]
     expected = ["conv 1×1, FC (2)", "conv (1)", "BN (1)", "sum (1)", "bias (1)"]
     assert labels == [*expected, "max pool (1)", "input (1)"]
-    figure = draw.draw_graph(small_graph(), legend=False, title="a residual block")
+    figure = drawing.draw_graph(small_graph(), legend=False, title="a residual block")
     assert not figure.legends
     assert [text.get_text() for text in figure.texts] == ["a residual block"]
 
@@ -312,14 +312,14 @@ def test_legend_counts_what_is_drawn():
 def test_virtual_edges_are_not_drawn():
     graph = small_graph()
     bare = make_graph(["input"] * 8, real_edges(graph).tolist())
-    drawn, expected = (draw.draw_graph(g).axes[0].collections for g in (graph, bare))
+    drawn, expected = (drawing.draw_graph(g).axes[0].collections for g in (graph, bare))
     lines = [[p.vertices for c in cs[:2] for p in c.get_paths()] for cs in (drawn, expected)]
     assert len(lines[0]) >= 9
     np.testing.assert_array_equal(*(np.concatenate(paths) for paths in lines))
 
 
 def test_a_graph_of_one_node():
-    assert len(markers(draw.draw_graph(make_graph(["input"], [])))["input"]) == 1
+    assert len(markers(drawing.draw_graph(make_graph(["input"], [])))["input"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_a_graph_of_one_node():
 )
 def test_draw_graph_refuses(change, message):
     with pytest.raises(ValueError, match=message):
-        draw.draw_graph(SimpleNamespace(**{**vars(small_graph()), **change}))
+        drawing.draw_graph(SimpleNamespace(**{**vars(small_graph()), **change}))
 
 
 def test_a_thousand_nodes_take_seconds():
@@ -341,7 +341,7 @@ def test_a_thousand_nodes_take_seconds():
     edges |= {(i, min(999, i + 2 + int(rng.exponential(8)))) for i in range(0, 990, 3)}
     graph = make_graph([PRIMITIVES[p] for p in rng.integers(0, 15, 1000)], sorted(edges))
     start = time.perf_counter()
-    figure = draw.draw_graph(graph)
+    figure = drawing.draw_graph(graph)
     figure.canvas.draw()
     assert time.perf_counter() - start < 15  # about two on one core
     assert sum(len(at) for at in markers(figure).values()) == 1000
@@ -350,9 +350,9 @@ def test_a_thousand_nodes_take_seconds():
 
 def test_threads_draw_the_same_pictures_and_pyplot_sees_nothing(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(5)]
-    draw.draw_graph(small_graph(), paths[0])
+    drawing.draw_graph(small_graph(), paths[0])
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda path: draw.draw_graph(small_graph(), path), paths[1:]))
+        list(pool.map(lambda path: drawing.draw_graph(small_graph(), path), paths[1:]))
     assert len({path.read_bytes() for path in paths}) == 1
     assert plt.get_fignums() == []
 
@@ -376,9 +376,9 @@ def draw_each(folder):
     metrics = metrics_file(folder, [2.0, 1.0])
     records = [{"name": "a", "top1": 0.5, "top1_random": 0.1}]
     return [
-        lambda path: draw.draw_graph(small_graph(), path),
-        lambda path: draw.training_curve(metrics, path),
-        lambda path: draw.accuracy_bars(records, path, chance=0.1),
+        lambda path: drawing.draw_graph(small_graph(), path),
+        lambda path: charts.training_curve(metrics, path),
+        lambda path: charts.accuracy_bars(records, path, chance=0.1),
     ]
 
 
@@ -394,7 +394,9 @@ def test_saves_png_and_pdf(which, tmp_path):
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.PDF").read_bytes()
 
 
-@pytest.mark.parametrize("function", [draw.draw_graph, draw.training_curve, draw.accuracy_bars])
+@pytest.mark.parametrize(
+    "function", [drawing.draw_graph, charts.training_curve, charts.accuracy_bars]
+)
 def test_bad_paths_are_refused_before_drawing(function, tmp_path):
     unusable = None  # not even looked at
     for name in ("a.jpg", "a"):
@@ -418,7 +420,7 @@ def curves(figure):
 def test_curve_skips_a_failed_step(failure, tmp_path):
     losses = [4.0, 3.0, failure, 2.0, 1.0]
     path = metrics_file(tmp_path, losses, [0.1, 0.2, 0.9, 0.3, 0.4])
-    lines = curves(draw.training_curve(path))
+    lines = curves(charts.training_curve(path))
     assert {key for key in lines} == {
         ("loss", "raw"),
         ("loss", "mean"),
@@ -437,7 +439,7 @@ def test_the_mean_runs_over_the_last_fiftieth(tmp_path):
     rng = np.random.default_rng(0)
     losses = rng.uniform(1, 2, 200).tolist()
     losses[100] = None
-    _, mean = curves(draw.training_curve(metrics_file(tmp_path, losses)))["loss", "mean"]
+    _, mean = curves(charts.training_curve(metrics_file(tmp_path, losses)))["loss", "mean"]
     finite = np.array(losses, float)
     expected = [np.nanmean(finite[max(0, i - 3) : i + 1]) for i in range(200)]
     np.testing.assert_allclose(mean, expected)
@@ -445,19 +447,19 @@ def test_the_mean_runs_over_the_last_fiftieth(tmp_path):
 
 def test_a_run_of_failures_leaves_a_gap(tmp_path):
     losses = [1.0] * 3 + [None] * 5 + [1.0] * 3
-    _, mean = curves(draw.training_curve(metrics_file(tmp_path, losses)))["loss", "mean"]
+    _, mean = curves(charts.training_curve(metrics_file(tmp_path, losses)))["loss", "mean"]
     np.testing.assert_array_equal(np.isnan(mean), [loss is None for loss in losses])
-    draw.training_curve(metrics_file(tmp_path, [None, None]), tmp_path / "nothing.png")
+    charts.training_curve(metrics_file(tmp_path, [None, None]), tmp_path / "nothing.png")
 
 
 def test_without_failures_none_are_marked(tmp_path):
-    figure = draw.training_curve(metrics_file(tmp_path, [2.0, 1.0]))
+    figure = charts.training_curve(metrics_file(tmp_path, [2.0, 1.0]))
     assert ("loss", "failed") not in curves(figure)
     assert figure.axes[0].get_yscale() == "linear"
 
 
 def test_a_loss_that_blows_up_is_on_a_logarithmic_axis(tmp_path):
-    figure = draw.training_curve(metrics_file(tmp_path, [2.0, 1.5, 900.0, 1.0]))
+    figure = charts.training_curve(metrics_file(tmp_path, [2.0, 1.5, 900.0, 1.0]))
     assert figure.axes[0].get_yscale() == "log"
 
 
@@ -465,7 +467,7 @@ def test_repeated_steps_count_once(tmp_path):
     path = metrics_file(tmp_path, [4.0, 3.0, 2.0])
     with path.open("a") as file:  # the run resumed from step 1
         file.write('{"step": 1, "loss": 2.5, "top1": 0.3}\n\n{"step": 2, "loss": 1')
-    x, y = curves(draw.training_curve(path))["loss", "raw"]
+    x, y = curves(charts.training_curve(path))["loss", "raw"]
     np.testing.assert_array_equal(x, [0, 1, 2])
     np.testing.assert_array_equal(y, [4, 2.5, 2])
 
@@ -478,14 +480,14 @@ def test_curve_names_the_broken_line(line, tmp_path):
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3"):
-        draw.training_curve(path)
+        charts.training_curve(path)
 
 
 def test_curve_refuses_an_empty_and_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match="no records"):
-        draw.training_curve(metrics_file(tmp_path, []))
+        charts.training_curve(metrics_file(tmp_path, []))
     with pytest.raises(FileNotFoundError):
-        draw.training_curve(tmp_path / "other.jsonl")
+        charts.training_curve(tmp_path / "other.jsonl")
 
 
 # --- Accuracy -------------------------------------------------------------------------------------
@@ -498,7 +500,7 @@ RECORDS = [
 
 
 def test_bars_are_sorted_and_side_by_side():
-    figure = draw.accuracy_bars(RECORDS, chance=0.1)
+    figure = charts.accuracy_bars(RECORDS, chance=0.1)
     (axes,) = figure.axes
     predicted, random = axes.containers
     assert (predicted.get_label(), random.get_label()) == ("predicted", "random (He)")
@@ -512,10 +514,10 @@ def test_bars_are_sorted_and_side_by_side():
 
 
 def test_bars_have_mean_and_chance_lines():
-    (axes,) = draw.accuracy_bars(RECORDS, chance=0.1).axes
+    (axes,) = charts.accuracy_bars(RECORDS, chance=0.1).axes
     lines = {line.get_gid(): line.get_xdata()[0] for line in axes.lines}
     assert lines == pytest.approx({"mean:predicted": 0.4, "mean:random (He)": 0.15, "chance": 0.1})
-    (axes,) = draw.accuracy_bars(RECORDS).axes
+    (axes,) = charts.accuracy_bars(RECORDS).axes
     assert "chance" not in {line.get_gid() for line in axes.lines}
 
 
@@ -525,7 +527,7 @@ def test_many_networks_fit_a_page():
         {"name": f"net {i}", "top1": t, "top1_random": r}
         for i, (t, r) in enumerate(rng.uniform(0, 1, (500, 2)))
     ]
-    figure = draw.accuracy_bars(records)
+    figure = charts.accuracy_bars(records)
     assert max(figure.get_size_inches()) < 20
     assert [len(bars) for bars in figure.axes[0].containers] == [500, 500]
 
@@ -542,9 +544,9 @@ def test_many_networks_fit_a_page():
 )
 def test_bars_refuse(records, message):
     with pytest.raises(ValueError, match=message):
-        draw.accuracy_bars(records)
+        charts.accuracy_bars(records)
 
 
 def test_bars_refuse_a_chance_in_percent():
     with pytest.raises(ValueError, match="chance is 10"):
-        draw.accuracy_bars(RECORDS, chance=10)
+        charts.accuracy_bars(RECORDS, chance=10)
