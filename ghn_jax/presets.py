@@ -37,6 +37,7 @@ class TrainConfig:
     nodes: tuple[int, int] = RULES["train"].nodes  # least and most nodes in a cell
     max_nodes: int = 2200  # meta-batches with more graph nodes are passed over
     virtual_edges: int = 50  # longest virtual edge (s^(max), Eq. 4); 1 for none
+    virtual_includes_real: bool = False  # as the authors' code, to exchange weights with it
     seed: int = 0  # of parameters, images, architectures and dropout
     save_every: int = 200  # updates between checkpoints
     workers: int = 2  # architectures that run at once on a CPU
@@ -62,7 +63,12 @@ class TrainConfig:
         if self.preset == "ghn1":
             return ghn1(num_classes, **options)
         make = mlp_baseline if self.preset == "mlp" else GHN
-        return make(num_classes, virtual_edges=self.virtual_edges, **options)
+        return make(
+            num_classes,
+            virtual_edges=self.virtual_edges,
+            virtual_includes_real=self.virtual_includes_real,
+            **options,
+        )
 
     def optimizer(self, steps_per_epoch: int) -> optax.GradientTransformation:
         """Adam with L2 weight decay after clipping, and the step-wise schedule (§ 5.1)."""

@@ -1,0 +1,45 @@
+"""Graph HyperNetworks in JAX: parameter prediction for unseen deep architectures.
+
+ghn, variables = ghn_jax.load_ghn("runs/x")
+arch = ghn_jax.sample_architecture("test", seed=0, index=7)
+params = ghn.predict(variables, arch)
+logits = ghn_jax.build_network(arch).apply({"params": params}, images)
+"""
+
+from ghn_jax.architecture import DARTS, PDARTS, VIT, Architecture, Genotype
+from ghn_jax.checkpoint import load_ghn, save_ghn
+from ghn_jax.ghn import GHN, ghn1, mlp_baseline
+from ghn_jax.graph import PRIMITIVES, Graph, build_graph, pad_graphs
+from ghn_jax.network import build_network
+from ghn_jax.sampling import RULES, SPLITS, Rules, sample_architecture
+from ghn_jax.torch_ghn import load_torch_ghn, save_torch_ghn
+from ghn_jax.torch_network import from_torch, to_torch
+from ghn_jax.wiring import DisconnectedError, count_parameters
+
+__all__ = [
+    "DARTS",
+    "GHN",
+    "PDARTS",
+    "PRIMITIVES",
+    "RULES",
+    "SPLITS",
+    "VIT",
+    "Architecture",
+    "DisconnectedError",
+    "Genotype",
+    "Graph",
+    "Rules",
+    "build_graph",
+    "build_network",
+    "count_parameters",
+    "from_torch",
+    "ghn1",
+    "load_ghn",
+    "load_torch_ghn",
+    "mlp_baseline",
+    "pad_graphs",
+    "sample_architecture",
+    "save_ghn",
+    "save_torch_ghn",
+    "to_torch",
+]

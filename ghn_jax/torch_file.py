@@ -1,0 +1,197 @@
+"""Reads and writes PyTorch's checkpoint files, without PyTorch.
+
+A `.pt` file is a ZIP archive: `data.pkl` says which tensors there are, `data/N` holds their bytes.
+The pickle is read by an interpreter that knows tensors, dictionaries, lists, numbers and strings;
+whatever else a file asks for is refused, so that reading one never runs code of a stranger's.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import math
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+_DTYPES = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+_STORAGES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def _tensor(storage: np.ndarray, offset: int, size, stride, *_) -> np.ndarray:
+    """A tensor from the elements that it is a view of."""
+    size, stride = tuple(map(int, size)), tuple(map(int, stride))
+    if len(size) != len(stride) or offset < 0 or min((*size, *stride), default=0) < 0:
+        raise ValueError(f"a tensor of shape {size} with strides {stride}")
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if math.prod(size) and last >= len(storage):
+        raise ValueError(f"a tensor of shape {size} is larger than its {len(storage)} elements")
+    strides = [s * storage.itemsize for s in stride]
+    view = np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+    return view.copy()
+
+
+def _parameter(data: np.ndarray, *_) -> np.ndarray:
+    return data
+
+
+# All that a pickle may call.
+_ALLOWED = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch", "Size"): tuple,
+}
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, file, archive: zipfile.ZipFile, folder: str):
+        super().__init__(file, encoding="utf-8")
+        self._archive, self._folder = archive, folder
+        self._storages: dict[str, np.ndarray] = {}
+
+    def find_class(self, module: str, name: str):
+        if module == "torch" and name in _DTYPES:
+            return name
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise ValueError(
+                f"it holds a {module}.{name}; allowed: tensors, dictionaries, lists, numbers and "
+                "strings"
+            ) from None
+
+    def persistent_load(self, pid):
+        kind, storage, key, _, count = pid
+        if kind != "storage" or storage not in _DTYPES:
+            raise ValueError(f"it holds a {kind} of {storage}")
+        if key not in self._storages:
+            data = self._archive.read(f"{self._folder}data/{key}")
+            if len(data) < count * _DTYPES[storage].itemsize:
+                raise ValueError(f"data/{key} holds {len(data)} bytes, too few for {count} numbers")
+            self._storages[key] = np.frombuffer(data, _DTYPES[storage].newbyteorder("<"), count)
+        return self._storages[key]
+
+
+def read_torch(path: str | Path) -> Any:
+    """Reads what `torch.save` wrote, tensors as NumPy arrays.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no such file, is cut short, or holds more than plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a file written by torch.save")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if n.endswith("data.pkl")]
+            if len(names) != 1:
+                raise ValueError("it holds no data.pkl")
+            folder = names[0].removesuffix("data.pkl")
+            order = f"{folder}byteorder"
+            if order in archive.namelist() and archive.read(order) != b"little":
+                raise ValueError("its numbers are big-endian")
+            return _Reader(io.BytesIO(archive.read(names[0])), archive, folder).load()
+    except zipfile.BadZipFile:
+        raise ValueError(
+            f"{path} is cut short, or no file of torch.save (files of PyTorch before 1.6 have to "
+            "be saved again by a newer one)"
+        ) from None
+    except (
+        pickle.UnpicklingError, ValueError, KeyError, TypeError, IndexError, EOFError,
+        AttributeError, struct.error,
+    ) as error:  # fmt: skip
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+class _Writer:
+    """Writes plain data in the pickle opcodes that `torch.load(weights_only=True)` accepts."""
+
+    def __init__(self):
+        self.out = bytearray(b"\x80\x02")
+        self.storages: list[np.ndarray] = []
+
+    def _call(self, module: str, name: str) -> None:
+        self.out += f"c{module}\n{name}\n".encode()
+
+    def _tensor(self, array: np.ndarray) -> None:
+        if array.dtype not in _STORAGES:
+            raise ValueError(f"PyTorch has no type for {array.dtype}")
+        # Not ascontiguousarray, which turns () into (1,).
+        array = np.asarray(array, order="C")
+        self._call("torch._utils", "_rebuild_tensor_v2")
+        self.out += b"(("
+        self.write("storage")
+        self._call("torch", _STORAGES[array.dtype])
+        for part in (str(len(self.storages)), "cpu", array.size):
+            self.write(part)
+        self.out += b"tQ"
+        self.write(0)
+        self.write(array.shape)
+        self.write(tuple(s // array.itemsize for s in array.strides))
+        self.out += b"\x89"  # requires no gradient
+        self._call("collections", "OrderedDict")
+        self.out += b")RtR"
+        self.storages.append(array)
+
+    def write(self, value: Any) -> None:
+        if value is None or isinstance(value, bool):
+            self.out += {None: b"N", True: b"\x88", False: b"\x89"}[value]
+        elif isinstance(value, int):
+            self.out += b"J" + struct.pack("<i", value)
+        elif isinstance(value, float):
+            self.out += b"G" + struct.pack(">d", value)
+        elif isinstance(value, str):
+            text = value.encode()
+            self.out += b"X" + struct.pack("<I", len(text)) + text
+        elif isinstance(value, tuple | list):
+            self.out += b"("
+            for item in value:
+                self.write(item)
+            self.out += b"t" if isinstance(value, tuple) else b"l"
+        elif isinstance(value, dict):
+            self.out += b"}("
+            for key, item in value.items():
+                self.write(key)
+                self.write(item)
+            self.out += b"u"
+        else:
+            self._tensor(np.asarray(value))
+
+
+def write_torch(tree: Any, path: str | Path) -> None:
+    """Writes dictionaries, lists, tuples, numbers, strings and arrays as `torch.save` would.
+
+    `torch.load(path, weights_only=True)` reads the result. The file appears when it is complete.
+
+    Raises:
+      ValueError: an array of a type that PyTorch does not have.
+    """
+    path = Path(path)
+    writer = _Writer()
+    writer.write(tree)
+    part = path.with_name(path.name + ".part")
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(f"{path.stem}/data.pkl", bytes(writer.out) + b".")
+        archive.writestr(f"{path.stem}/byteorder", "little")
+        for key, array in enumerate(writer.storages):
+            archive.writestr(f"{path.stem}/data/{key}", array.tobytes())
+        archive.writestr(f"{path.stem}/version", "3\n")
+    part.replace(path)
