@@ -17,6 +17,19 @@ def keep_programs(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def crowded() -> bool:
+    """Whether compiled programs take up most of the memory mappings that a process may have.
+
+    XLA's CPU backend maps every piece of a program by itself, some thousand for one of the
+    executor's; beyond Linux's limit (vm.max_map_count, 65,530) the process dies without a word.
+    """
+    limit, maps = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
+    if jax.default_backend() != "cpu" or not limit.exists():
+        return False
+    with maps.open() as lines:
+        return sum(1 for _ in lines) > 0.8 * int(limit.read_text())
+
+
 class CompilationCounter:
     """Counts the XLA programs that this process compiles or takes from the cache.
 
