@@ -23,6 +23,7 @@ from ghn_jax.compilation import keep_programs
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.evaluation import evaluate_ghn, named_architectures, summary
 from ghn_jax.images import load_images
+from ghn_jax.memory import keep_memory
 from ghn_jax.sampling import SPLITS, sample_architecture
 
 
@@ -76,6 +77,7 @@ def main(arguments: list[str]) -> None:
     config = tyro.cli(EvalConfig, args=arguments, description=__doc__)
     check(config)
     keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
+    keep_memory()
     ghn, variables = load_ghn(config.ckpt)
     # Hyperparameters are chosen on held-out training images, the rest is tested on test images.
     part = "val" if config.split == "val" else "test"

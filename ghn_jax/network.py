@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ghn_jax.architecture import Architecture
+from ghn_jax.kernels import depthwise
 from ghn_jax.parameters import parameter_path
 from ghn_jax.wiring import IMAGE, Operation, wire
 
@@ -33,7 +34,7 @@ class Conv(nn.Module):
       features: output channels.
       kernel: (height, width).
       strides: (vertical, horizontal).
-      dilation: of the kernel.
+      dilation: of the kernel, where it is depthwise.
       depthwise: one kernel for each channel.
       padding: (vertical, horizontal); half the (dilated) kernel if not given.
     """
@@ -50,15 +51,16 @@ class Conv(nn.Module):
         """(B, H, W, C) -> (B, H', W', features)."""
         groups = x.shape[-1] if self.depthwise else 1
         shape = (*self.kernel, x.shape[-1] // groups, self.features)
-        pad = self.padding or tuple(self.dilation * (k - 1) // 2 for k in self.kernel)
+        kernel = self.param("kernel", he_init, shape)
+        if self.depthwise:
+            return depthwise(x, kernel[:, :, 0], self.strides[0], self.dilation)
+        pad = self.padding or tuple((k - 1) // 2 for k in self.kernel)
         return jax.lax.conv_general_dilated(
             x,
-            self.param("kernel", he_init, shape),
+            kernel,
             self.strides,
             [(p, p) for p in pad],
-            rhs_dilation=(self.dilation,) * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=groups,
         )
 
 

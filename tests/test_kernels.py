@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ghn_jax.executor import kernels
+from ghn_jax import kernels
 
 CHANNELS, FEATURES = 6, 5
 SIZES = (2, 7, 8)  # smaller than kernels, odd, even

@@ -1,6 +1,6 @@
 """The main job in minutes, on scikit-learn's handwritten digits: `make demo`.
 
-    python train/demo.py --out demo
+    python train/demo.py
 
 Trains a GHN-2 on a stream of small architectures (preset `demo`), predicts the parameters of
 networks that it never saw, prints their accuracies beside the same networks with random (He)
@@ -20,11 +20,12 @@ import tyro
 from tqdm import tqdm
 
 from ghn_jax.charts import accuracy_bars, training_curve
-from ghn_jax.checkpoint import load_ghn
+from ghn_jax.checkpoint import Checkpoints, load_ghn
 from ghn_jax.compilation import keep_programs
 from ghn_jax.drawing import draw_graph
 from ghn_jax.evaluation import evaluate_ghn, named_architectures, summary
 from ghn_jax.images import load_images
+from ghn_jax.memory import keep_memory
 from ghn_jax.presets import preset
 from ghn_jax.sampling import sample_architecture
 
@@ -35,7 +36,7 @@ UNSEEN = 20  # networks of the training rules, from a random stream that trainin
 class DemoConfig:
     """Where the demonstration goes, and how long it trains."""
 
-    out: Path = Path("demo")  # a new folder
+    out: Path = Path("runs/demo")  # goes on with what it has trained there before
     steps: int = preset("demo").steps  # updates
 
 
@@ -66,9 +67,14 @@ def main(arguments: list[str]) -> None:
     """Entry point."""
     start = time.perf_counter()
     options = tyro.cli(DemoConfig, args=arguments, description=__doc__)
-    config = dataclasses.replace(preset("demo"), out=options.out, steps=options.steps)
+    # A second time goes on with what the first has trained.
+    resume = Checkpoints(options.out).latest() is not None
+    config = dataclasses.replace(
+        preset("demo"), out=options.out, steps=options.steps, resume=resume
+    )
     train_ghn.check(config)
     keep_programs(config.cache_dir)
+    keep_memory()
     train_ghn.train(config, load_images(config.dataset, "train"))
 
     ghn, variables = load_ghn(options.out)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ghn_jax.executor import kernels
+from ghn_jax import kernels
 from ghn_jax.executor.bucket import Bucket, Kind
 from ghn_jax.network import HEADS
 from ghn_jax.parameters import (
