@@ -17,6 +17,23 @@ def keep_programs(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def executor_options() -> dict[str, str] | None:
+    """Options for the executor's programs.
+
+    On CPUs these compile them a third faster than the defaults do and run them in half the time:
+    of 64 32x32 images on two cores (32 channels, stride in the stem), compiled in 30 s, then 21;
+    four architectures in 3.6 s, then 1.9. The older loop emitter also makes a program of half as
+    many pieces, of which Linux lets a process have only so many (`crowded`).
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    return {
+        "xla_backend_optimization_level": "1",
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    }
+
+
 def crowded() -> bool:
     """Whether compiled programs take up most of the memory mappings that a process may have.
 

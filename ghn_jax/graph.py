@@ -142,8 +142,13 @@ class _GraphBuilder:
         return self.rows
 
 
-def _distances(sources: list[list[int]], cutoff: int) -> np.ndarray:
-    """(N, N) shortest directed path lengths, [target, source]; 0 where none or beyond cutoff."""
+def shortest_paths(sources: list[list[int]], cutoff: int) -> np.ndarray:
+    """(M, 3) pairs of nodes and the length of the shortest path between them, up to a length.
+
+    Args:
+      sources: for each node those that it reads, all of them before it.
+      cutoff: the longest path listed.
+    """
     n = len(sources)
     far = np.int32(n + 1)
     distance = np.full((n, n), far, np.int32)
@@ -152,7 +157,8 @@ def _distances(sources: list[list[int]], cutoff: int) -> np.ndarray:
             distance[node] = distance[from_].min(0) + 1
         distance[node, node] = 0
     distance[distance > min(cutoff, n)] = 0
-    return distance
+    from_, to = np.nonzero(distance.T)
+    return np.stack([from_, to, distance[to, from_]], 1).astype(np.int32)
 
 
 def build_graph(
@@ -183,11 +189,9 @@ def build_graph(
     place = {old: new for new, old in enumerate(order)}
     rows = [rows[i] for i in order]
     sources = [sorted(place[s] for s in row[4]) for row in rows]
-    distance = _distances(sources, virtual_edges).T
-    from_, to = np.nonzero(distance)
     return Graph(
         primitives=np.array([PRIMITIVE_ID[row[0]] for row in rows], np.int32),
-        edges=np.stack([from_, to, distance[from_, to]], 1).astype(np.int32),
+        edges=shortest_paths(sources, virtual_edges),
         param_shapes=[row[2] for row in rows],
         names=[row[1] or row[0] for row in rows],
         cells=np.array([row[3] for row in rows], np.int32),

@@ -221,6 +221,14 @@ def _at(tree, path):
     return tree
 
 
+def to_torch_tensors(ghn: GHN, variables) -> dict[str, np.ndarray]:
+    """A hypernetwork's variables, or their gradients, under the authors' names and layouts."""
+    return {
+        t.name: np.ascontiguousarray(t.write(np.asarray(_at(variables["params"], t.path))))
+        for t in _tensors(ghn)
+    }
+
+
 def save_torch_ghn(ghn: GHN, variables, path: str | Path, *, epoch: int = 0) -> None:
     """Saves a hypernetwork so that the authors' code loads and runs it.
 
@@ -244,10 +252,7 @@ def save_torch_ghn(ghn: GHN, variables, path: str | Path, *, epoch: int = 0) -> 
             "its embeddings would differ there. Train with virtual_includes_real=True "
             "(--virtual-includes-real) to exchange weights"
         )
-    state = {
-        t.name: np.ascontiguousarray(t.write(np.asarray(_at(variables["params"], t.path))))
-        for t in _tensors(ghn)
-    }
+    state = to_torch_tensors(ghn, variables)
     config = {
         "max_shape": tuple(ghn.max_shape),
         "num_classes": ghn.num_classes,

@@ -98,6 +98,7 @@ def trim_metrics(path: Path, steps: int) -> None:
 
 def train(config: TrainConfig, images: Images) -> None:
     """Runs the updates, writes metrics and checkpoints."""
+    source = architecture_source(config, images.image_size)
     checkpoints = Checkpoints(config.out)
     per_epoch = steps_per_epoch(images, config.batch_size)
     total = config.steps or config.epochs * per_epoch
@@ -120,7 +121,7 @@ def train(config: TrainConfig, images: Images) -> None:
     done = int(state.step)
     stream = Stream(
         ghn,
-        architecture_source(config, images.image_size),
+        source,
         size=config.meta_batch,
         image_size=images.image_size,
         n_groups=config.workers if jax.default_backend() == "cpu" else 1,

@@ -1,0 +1,336 @@
+"""Checks this package against outputs of the authors' implementation.
+
+    python -m ghn_jax.parity DIR
+
+DIR holds `index.json` with the `.npz` files that it lists (graphs, embeddings, parameters, logits
+of networks), `random_{ghn}_cifar10.pt` checkpoints, `images.npy`, `gradient_{ghn}.npz` with
+`_nets.json`, and `deepnets1m/*.hdf5` with their meta files; whatever of it is there is checked.
+Prints a line for each file with the worst relative error of each kind, ||ours - theirs|| /
+||theirs|| of a tensor, and exits with 1 if any is beyond its tolerance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from ghn_jax.architecture import Architecture
+from ghn_jax.compilation import executor_options
+from ghn_jax.deepnets1m import DeepNets1M
+from ghn_jax.executor.run import execute
+from ghn_jax.executor.tiles import decode_tiles
+from ghn_jax.ghn import GHN
+from ghn_jax.graph import PRIMITIVES, Graph, build_graph
+from ghn_jax.metabatch import make_meta_batch
+from ghn_jax.network import build_network
+from ghn_jax.resnet import ResNet50, resnet50_graph
+from ghn_jax.torch_ghn import load_torch_ghn, to_torch_tensors
+from ghn_jax.torch_network import to_torch
+from ghn_jax.wiring import count_parameters
+
+TOLERANCES = {
+    "graph": 0.0,  # nodes or edges that differ
+    "embedding": 1e-4,
+    "parameters": 1e-4,
+    "logits": 1e-3,
+    "gradient": 1e-3,
+    "count": 0.0,  # of parameters
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One file: the worst error of each kind, or why it was not checked."""
+
+    file: str
+    errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything in the file was checked and is within its tolerance."""
+        return not self.problem and all(e <= TOLERANCES[k] for k, e in self.errors.items())
+
+    def __str__(self) -> str:
+        verdict = "ok  " if self.passed else "FAIL"
+        parts = [f"{kind} {error:.1e}" if error else f"{kind} exact"
+                 for kind, error in self.errors.items()]  # fmt: skip
+        return f"{verdict} {self.file:<34} {self.problem or ', '.join(parts)}"
+
+
+def relative_error(ours, theirs) -> float:
+    """||ours - theirs|| / ||theirs||; infinite where shapes differ or a number is not finite."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape or not np.isfinite(ours).all():
+        return float("inf")
+    norm = np.linalg.norm(theirs)
+    return float(np.linalg.norm(ours - theirs) / (norm or 1.0))
+
+
+# --- Graphs ---------------------------------------------------------------------------------------
+
+
+def _colours(labels: list, edges: np.ndarray, rounds: int = 4) -> list[int]:
+    """Weisfeiler-Lehman colours: what a node is, and what is at which distance from it."""
+    colours = [hash(label) for label in labels]
+    for _ in range(rounds):
+        around: list[list] = [[] for _ in colours]
+        for source, target, distance in edges.tolist():
+            around[target].append((0, distance, colours[source]))
+            around[source].append((1, distance, colours[target]))
+        colours = [hash((c, tuple(sorted(a)))) for c, a in zip(colours, around, strict=True)]
+    return colours
+
+
+def _compare_graphs(ours: tuple[list, np.ndarray], theirs: tuple[list, np.ndarray]):
+    """(number of nodes that match none of the other's, our nodes in their order).
+
+    Args:
+      ours, theirs: a label for each node, and (M, 3) edges with distances.
+    """
+    a, b = _colours(*ours), _colours(*theirs)
+    places: dict[int, list[int]] = {}
+    for node, colour in enumerate(a):
+        places.setdefault(colour, []).append(node)
+    order = [places[c].pop(0) if places.get(c) else -1 for c in b]
+    return abs(len(a) - len(b)) + order.count(-1), order
+
+
+def _labels(primitives, shapes) -> list[tuple]:
+    pools = ("max_pool", "avg_pool")  # their kernel is no parameter
+    return [
+        (name, None if name in pools or shape is None else tuple(shape))
+        for name, shape in zip(primitives, shapes, strict=True)
+    ]
+
+
+# --- Networks -------------------------------------------------------------------------------------
+
+
+def _network(net: Mapping, ghn: GHN) -> tuple[Graph, nn.Module]:
+    """The graph and the Flax module of an entry of `index.json`."""
+    name = net.get("torchvision")
+    if name is None:
+        arch = Architecture.from_dict(net)
+        return ghn.graph(arch), build_network(arch, ghn.num_classes)
+    if name != "resnet50":
+        raise ValueError(f"no network {name!r} here; known are resnet50 and the design space")
+    return resnet50_graph(ghn.virtual_edges, num_classes=ghn.num_classes), ResNet50(ghn.num_classes)
+
+
+def _digest_error(ours: np.ndarray, digest: np.ndarray, head: np.ndarray) -> float:
+    """Worst error of a tensor of which only sums and the first values are known."""
+    flat = ours.astype(np.float64).reshape(-1)
+    total = np.abs(flat).sum()
+    have = [flat.mean(), flat.std(), total, (flat * np.cos(np.arange(len(flat)))).sum()]
+    # A mean near zero is as exact as the numbers that it is of, and so is the weighted sum.
+    scale = [total / len(flat), digest[1], digest[2], digest[2]]
+    worst = max(abs(h - d) / (abs(s) or 1.0) for h, d, s in zip(have, digest, scale, strict=True))
+    return max(float(worst), relative_error(flat[: len(head)], head))
+
+
+def _parameter_error(params: Mapping[str, np.ndarray], shapes: Mapping, file: Mapping) -> float:
+    """Worst error of all predicted tensors."""
+    if {n: list(x.shape) for n, x in params.items()} != {n: list(s) for n, s in shapes.items()}:
+        return float("inf")
+    errors = []
+    for name, ours in params.items():
+        if f"param/{name}" in file:
+            errors.append(relative_error(ours, file[f"param/{name}"]))
+        else:
+            errors.append(_digest_error(ours, file[f"digest/{name}"], file[f"head/{name}"]))
+    return max(errors)
+
+
+def check_network(entry: Mapping, file: Mapping, ghn: GHN, variables, images) -> dict[str, float]:
+    """Errors of one network: graph, embedding, parameters and logits."""
+    graph, network = _network(entry["net"], ghn)
+    names = entry.get("primitives", PRIMITIVES)
+    theirs = [names[p] for p in file["node_primitive"]]
+    ours = [PRIMITIVES[p] for p in graph.primitives]
+    wrong, order = _compare_graphs(
+        (_labels(ours, graph.param_shapes), graph.edges),
+        (_labels(theirs, entry["node_param_shapes"]), file["edges"]),
+    )
+    wrong += abs(len(graph.edges) - len(file["edges"]))
+    errors = {"graph": float(wrong)}
+    if "embedding" in file:
+        states = np.asarray(ghn.embed(variables, graph))[order]
+        errors["embedding"] = relative_error(states, file["embedding"])
+    params = ghn.predict(variables, graph, ghn.num_classes)
+    predicted = to_torch(params, graph)
+    errors["parameters"] = _parameter_error(predicted, entry["param_shapes"], file)
+    count = sum(x.size for x in predicted.values())
+    errors["count"] = float(abs(count - entry.get("num_params", count)))
+    if "logits" in file:
+        apply = jax.jit(
+            lambda p, x: network.apply({"params": p}, x), compiler_options=executor_options()
+        )
+        errors["logits"] = relative_error(apply(params, images), file["logits"])
+    return errors
+
+
+# --- Gradients ------------------------------------------------------------------------------------
+
+
+def _executor_loss(ghn: GHN, arch: Architecture, images, labels):
+    """The loss of a network as training computes it, a function of the variables."""
+    batch = make_meta_batch(ghn, [arch], image_size=images.shape[1])
+    (group,) = batch.groups
+    (program,) = group.programs
+
+    def loss(variables):
+        states = ghn.apply(variables, batch.graph)
+        tiles = decode_tiles(ghn, variables, states, group.rows)
+        logits = execute(
+            program.bucket, program.capacity, ghn.normalise, tiles, program.table, images
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+    return loss
+
+
+def _module_loss(ghn: GHN, arch: Architecture, images, labels):
+    """The loss of a network by its Flax module."""
+    graph, network = ghn.graph(arch), build_network(arch, ghn.num_classes, images.shape[1])
+
+    def loss(variables):
+        params = ghn.predict(variables, graph, ghn.num_classes)
+        logits = network.apply({"params": params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+    return loss
+
+
+def check_gradient(file: Mapping, nets: list, ghn: GHN, variables, images, make_loss):
+    """Errors of one training step's logits and gradient."""
+    labels = jnp.asarray(file["labels"])
+    total, errors, losses = None, [], []
+    for i, net in enumerate(nets):
+        loss = make_loss(ghn, Architecture.from_dict(net), images, labels)
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=executor_options())
+        (value, logits), gradient = step(variables)
+        losses.append(float(value))
+        errors.append(relative_error(logits, file["logits"][i]))
+        total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+    mean = jax.tree.map(lambda g: np.asarray(g) / len(nets), total)
+    gradients = [
+        relative_error(ours, file[f"grad/{name}"])
+        for name, ours in to_torch_tensors(ghn, mean).items()
+    ]
+    gradients.append(relative_error(optax.global_norm(mean), file["grad_norm"]))
+    errors.append(relative_error(losses, file["loss_per_arch"]))
+    return {"logits": max(errors), "gradient": max(gradients)}
+
+
+# --- DeepNets-1M ----------------------------------------------------------------------------------
+
+
+def check_nets(path: Path, split: str) -> dict[str, float]:
+    """Errors of the graphs and parameter counts of an official file's split."""
+    nets = DeepNets1M.open(path, split)
+    meta = json.loads(path.with_name(path.stem + "_meta.json").read_text())[split]["nets"]
+    wrong = counts = 0
+    for i, entry in enumerate(meta):
+        stored, built = nets.graph(i), build_graph(nets[i], 250)
+        from_, to = np.nonzero(stored.distances)
+        edges = np.stack([from_, to, stored.distances[from_, to]], 1).astype(int)
+        theirs = list(zip(stored.names, stored.primitives, stored.cells.tolist(), strict=True))
+        primitives = [PRIMITIVES[p] for p in built.primitives]
+        ours = list(zip(built.names, primitives, built.cells.tolist(), strict=True))
+        wrong += _compare_graphs((ours, built.edges), (theirs, edges))[0]
+        wrong += abs(len(edges) - len(built.edges))
+        arch = Architecture.from_dict(entry).replace(C=32, fc_dim=256)
+        for size, key in ((32, "cifar10"), (224, "imagenet")):
+            if key in entry.get("num_params", {}):
+                count = count_parameters(arch, num_classes=10, image_size=size)
+                counts += count != entry["num_params"][key]
+    return {"graph": float(wrong), "count": float(counts)}
+
+
+# --- A folder -------------------------------------------------------------------------------------
+
+
+def _guarded(name: str, check, *args) -> Report:
+    """The report of one check; what cannot be checked is reported, not raised."""
+    try:
+        return Report(name, check(*args))
+    except (ValueError, KeyError, OSError) as error:
+        return Report(name, problem=f"not checked: {error}")
+
+
+def check_folder(folder: Path) -> Iterator[Report]:
+    """Checks whatever a folder holds, file by file.
+
+    Raises:
+      FileNotFoundError: there is nothing to check.
+    """
+    index = folder / "index.json"
+    files = sorted((folder / "deepnets1m").glob("*.hdf5"))
+    if not index.is_file() and not files:
+        raise FileNotFoundError(
+            f"{folder} holds nothing to check; expected index.json or deepnets1m/*.hdf5"
+        )
+    entries = json.loads(index.read_text()) if index.is_file() else []
+    images = None
+    if (folder / "images.npy").is_file():
+        images = jnp.asarray(np.load(folder / "images.npy").transpose(0, 2, 3, 1))
+    loaded: dict[str, tuple] = {}
+
+    def ghn(name: str):
+        if name not in loaded:
+            loaded[name] = load_torch_ghn(folder / f"random_{name}_cifar10.pt")
+        return loaded[name]
+
+    for entry in entries:
+
+        def network(entry=entry):
+            with np.load(folder / entry["file"]) as file:
+                return check_network(entry, dict(file), *ghn(entry["ghn"]), images)
+
+        yield _guarded(entry["file"], network)
+    for path in sorted(folder.glob("gradient_*.npz")):
+        nets = json.loads(path.with_name(path.stem + "_nets.json").read_text())
+        for way, make_loss in (("executor", _executor_loss), ("module", _module_loss)):
+
+            def gradient(path=path, nets=nets, make_loss=make_loss):
+                with np.load(path) as file:
+                    model = ghn(path.stem.removeprefix("gradient_"))
+                    return check_gradient(dict(file), nets, *model, images, make_loss)
+
+            yield _guarded(f"{path.name} ({way})", gradient)
+    for path in files:
+        for split in json.loads(path.with_name(path.stem + "_meta.json").read_text()):
+            yield _guarded(f"{path.name}[{split}]", check_nets, path, split)
+
+
+def main(folder: tyro.conf.Positional[Path]) -> int:
+    """Checks a folder of the authors' outputs.
+
+    Args:
+      folder: laid out as the module's docstring says.
+    """
+    failed = count = 0
+    for report in check_folder(folder):
+        print(report, flush=True)
+        count += 1
+        failed += not report.passed
+    print(f"{count - failed} of {count} files pass")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(tyro.cli(main, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"ghn_jax.parity: {error}")

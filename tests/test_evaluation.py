@@ -1,0 +1,158 @@
+"""Evaluating predicted parameters, and the program that does it."""
+
+import json
+
+import eval_ghn
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ghn_jax.architecture import DARTS, Architecture
+from ghn_jax.checkpoint import save_ghn
+from ghn_jax.evaluation import (
+    evaluate_ghn,
+    evaluate_network,
+    named_architectures,
+    random_parameters,
+    summary,
+)
+from ghn_jax.ghn import GHN
+from ghn_jax.images import Images, eval_batches, load_images
+from ghn_jax.network import build_network
+
+SMALL = GHN(max_shape=(16, 16, 11, 11))
+
+
+@pytest.fixture(scope="module")
+def digits() -> Images:
+    return load_images("digits", "test", image_size=16)
+
+
+def with_logits(digits, logits):
+    """A network that gives these logits for the images, one after another."""
+
+    known = np.concatenate([x for x, _ in eval_batches(digits, 64)])
+
+    class Given(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            distance = jnp.abs(images[:, None] - known[None]).sum((2, 3, 4))
+            return jnp.asarray(logits)[distance.argmin(1)]
+
+    return Given()
+
+
+def test_accuracy_is_the_fraction_of_right_answers(digits):
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((len(digits), 10)).astype(np.float32)
+    labels = np.concatenate([y for _, y in eval_batches(digits, 64)])
+    order = np.argsort(-logits, axis=1)
+    top1 = (order[:, 0] == labels).mean()
+    top5 = (order[:, :5] == labels[:, None]).any(1).mean()
+    result = evaluate_network(with_logits(digits, logits), {}, digits, batch_size=64)
+    assert result.images == len(digits)
+    assert result.top1 == pytest.approx(top1)
+    assert result.top5 == pytest.approx(top5)
+    assert 0 < top1 < top5 < 1
+
+
+def test_equal_and_infinite_logits_are_never_right(digits):
+    for value in (0.0, np.nan, np.inf):
+        logits = np.full((len(digits), 10), value, np.float32)
+        assert evaluate_network(with_logits(digits, logits), {}, digits).top1 == 0
+
+
+def test_batch_norm_uses_the_statistics_of_each_batch(digits):
+    arch = Architecture(DARTS, 3, C=8)
+    network = build_network(arch, 10, 16)
+    params = random_parameters(network, 16, seed=0)
+    right = 0
+    for images, labels in eval_batches(digits, 64):
+        right += (network.apply({"params": params}, images).argmax(1) == labels).sum()
+    result = evaluate_network(network, params, digits, batch_size=64)
+    assert result.top1 == pytest.approx(float(right) / len(digits), abs=1e-3)
+
+
+def test_random_parameters_are_a_function_of_the_seed():
+    network = build_network(Architecture(DARTS, 3, C=8), 10, 16)
+    a, b, c = (jax.tree.leaves(random_parameters(network, 16, seed=s)) for s in (0, 0, 1))
+    assert all((x == y).all() for x, y in zip(a, b, strict=True))
+    assert any((x != y).any() for x, y in zip(a, c, strict=True))
+
+
+def test_a_record_for_each_architecture(digits):
+    variables = SMALL.init_variables(0)
+    nets = [(name, arch) for name, arch in named_architectures(8, n_cells=3).items()][:2]
+    seen = []
+    records = evaluate_ghn(SMALL, variables, nets, digits, compare_random=True, report=seen.append)
+    assert seen == records
+    assert [r["name"] for r in records] == ["DARTS", "PDARTS"]
+    for record, (_, arch) in zip(records, nets, strict=True):
+        assert Architecture.from_dict(record["architecture"]) == arch
+        assert record["images"] == len(digits)
+        assert 0 <= record["top1"] <= record["top5"] <= 1
+        assert 0 <= record["top1_random"] <= 1
+        params = SMALL.predict(variables, arch, image_size=16)
+        assert record["parameters"] == sum(x.size for x in jax.tree.leaves(params))
+        again = evaluate_network(build_network(arch, 10, 16), params, digits)
+        assert again.top1 == record["top1"]
+    json.dumps(records)
+
+
+def test_summary():
+    records = [{"top1": x} for x in (0.1, 0.2, 0.6)]
+    mean, error, best = summary(records)
+    assert (mean, best) == (pytest.approx(0.3), 0.6)
+    assert error == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1) / 3**0.5)
+    assert summary(records[:1])[1] == 0
+
+
+# --- The program ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("eval") / "ghn"
+    save_ghn(path, SMALL, SMALL.init_variables(0))
+    return path
+
+
+def test_the_program_writes_a_record_for_each_network(saved, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    eval_ghn.main(
+        ["--ckpt", str(saved), "--dataset", "digits", "--split", "named", "--num", "1",
+         "--width", "8", "--out", str(out), "--cache-dir", str(tmp_path / "cache")]
+    )  # fmt: skip
+    (record,) = json.loads(out.read_text())
+    assert record["name"] == "DARTS"
+    printed = capsys.readouterr().out
+    assert f"1 networks of named on digits (test): top-1 {record['top1']:.2%} ±" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "easy"], "--split is 'easy'; allowed: .*test.*named"),
+        (["--num", "0"], "--num is 0; allowed: 1 or more"),
+        (["--out", "/nowhere/results.json"], "its folder does not exist"),
+        (["--ckpt", "/nowhere"], "holds no config"),
+        (["--dataset", "mnist"], "mnist.*cifar10"),
+    ],
+)
+def test_what_cannot_work_ends_at_once_in_a_sentence(arguments, message, saved, tmp_path):
+    options = ["--ckpt", str(saved), "--dataset", "digits", "--cache-dir", str(tmp_path / "cache")]
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        eval_ghn.main([*options, *arguments])
+    assert "\n" not in str(error.value)
+
+
+def test_a_hypernetwork_for_other_classes_is_refused(tmp_path):
+    ghn = GHN(7, max_shape=(8, 8, 11, 11))
+    save_ghn(tmp_path / "ghn", ghn, ghn.init_variables(0))
+    with pytest.raises(
+        ValueError, match="digits has 10 classes, but the hypernetwork .* 7 classes"
+    ):
+        eval_ghn.main(["--ckpt", str(tmp_path / "ghn"), "--dataset", "digits",
+                       "--cache-dir", str(tmp_path / "cache")])  # fmt: skip
