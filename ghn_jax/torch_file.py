@@ -162,10 +162,10 @@ class _Writer:
             text = value.encode()
             self.out += b"X" + struct.pack("<I", len(text)) + text
         elif isinstance(value, tuple | list):
-            self.out += b"("
+            self.out += b"(" if isinstance(value, tuple) else b"]("
             for item in value:
                 self.write(item)
-            self.out += b"t" if isinstance(value, tuple) else b"l"
+            self.out += b"t" if isinstance(value, tuple) else b"e"
         elif isinstance(value, dict):
             self.out += b"}("
             for key, item in value.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -96,6 +97,15 @@ def _compare(have: set, want: set, what: str) -> None:
             f"{what} are not those of the architecture: missing {missing[:5]} "
             f"({len(missing)} in all), unknown {unknown[:5]} ({len(unknown)} in all)"
         )
+
+
+def abstract_params(graph: Graph) -> dict:
+    """The `params` tree of a graph's network as shapes: `jax.ShapeDtypeStruct` for each array."""
+    params: dict = {}
+    for p in _parameters(graph):
+        shape = p.from_torch(np.broadcast_to(np.float32(0), p.shape)).shape
+        insert(params, p.path, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return params
 
 
 def to_torch(

@@ -1,0 +1,123 @@
+"""Our numbers are the authors': `ghn_jax.parity` on their outputs, and on spoiled ones."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ghn_jax import parity
+from ghn_jax.parity import Report, check_folder, check_network, main, relative_error
+from ghn_jax.torch_ghn import load_torch_ghn
+
+# Networks outside the design space, for the part of this package that reads any Flax model.
+OTHERS = {"resnet18_ghn2.npz", "mobilenet_v2_ghn2.npz", "vgg11_bn_ghn2.npz"}
+
+
+def test_everything_the_authors_computed(shared):
+    reports = list(check_folder(shared / "golden"))
+    print("\n".join(map(str, reports)))
+    assert {r.file for r in reports if not r.passed} == OTHERS
+    kinds = {kind for r in reports for kind in r.errors}
+    assert kinds == set(parity.TOLERANCES)
+    assert len(reports) >= 36
+
+
+@pytest.fixture(scope="module")
+def network(shared):
+    """One network of the folder: its entry, its file, and what it is checked with."""
+    folder = shared / "golden"
+    entry = next(e for e in json.loads((folder / "index.json").read_text())
+                 if e["file"] == "arch01_ghn2.npz")  # fmt: skip
+    file = dict(np.load(folder / entry["file"]))
+    images = jnp.asarray(np.load(folder / "images.npy").transpose(0, 2, 3, 1))
+    return entry, file, load_torch_ghn(folder / "random_ghn2_cifar10.pt"), images
+
+
+def spoil_primitive(file):
+    file["node_primitive"][3] += 1
+
+
+def spoil_distance(file):
+    file["edges"][len(file["edges"]) // 2, 2] += 1
+
+
+def spoil_edge(file):
+    file["edges"] = file["edges"][:-1]
+
+
+def spoil_embedding(file):
+    file["embedding"][2] *= 1.01
+
+
+def spoil_parameter(file):
+    name = next(k for k in file if k.startswith("param/"))
+    file[name].flat[0] += 0.01
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil"),
+    [
+        ("graph", spoil_primitive),
+        ("graph", spoil_distance),
+        ("graph", spoil_edge),
+        ("embedding", spoil_embedding),
+        ("parameters", spoil_parameter),
+    ],
+)
+def test_a_spoiled_tensor_is_found(network, kind, spoil):
+    entry, file, model, images = network
+    file = {k: v.copy() for k, v in file.items() if k != "logits"}
+    spoil(file)
+    report = Report("spoiled", check_network(entry, file, *model, images))
+    assert not report.passed
+    assert report.errors[kind] > parity.TOLERANCES[kind]
+    assert str(report).startswith("FAIL spoiled")
+
+
+def test_spoiled_logits_are_found(network):
+    entry, file, model, images = network
+    file = {**file, "logits": file["logits"] * 1.01}
+    errors = check_network(entry, file, *model, images)
+    assert errors["logits"] > parity.TOLERANCES["logits"]
+    assert errors["parameters"] < parity.TOLERANCES["parameters"]
+
+
+def test_a_spoiled_gradient_is_found(shared):
+    folder = shared / "golden"
+    file = dict(np.load(folder / "gradient_ghn2.npz"))
+    nets = json.loads((folder / "gradient_ghn2_nets.json").read_text())
+    # One of the three networks alone: its gradient is not the mean one.
+    errors = parity.check_gradient(
+        file, nets[1:2], *load_torch_ghn(folder / "random_ghn2_cifar10.pt"),
+        jnp.asarray(np.load(folder / "images.npy").transpose(0, 2, 3, 1)), parity._executor_loss,
+    )  # fmt: skip
+    assert errors["gradient"] > parity.TOLERANCES["gradient"]
+    assert errors["logits"] > parity.TOLERANCES["logits"]
+
+
+def test_digests_tell_a_changed_tensor():
+    rng = np.random.default_rng(0)
+    tensor = rng.standard_normal((20, 10, 3, 3))
+    flat = tensor.reshape(-1)
+    digest = np.array([flat.mean(), flat.std(), np.abs(flat).sum(),
+                       (flat * np.cos(np.arange(len(flat)))).sum()])  # fmt: skip
+    assert parity._digest_error(tensor, digest, flat[:16]) < 1e-12
+    for other in (tensor * 1.001, tensor.transpose(1, 0, 2, 3), -tensor):
+        assert parity._digest_error(other, digest, flat[:16]) > parity.TOLERANCES["parameters"]
+
+
+def test_relative_error():
+    assert relative_error([3.0, 4.0], [3.0, 4.0]) == 0
+    assert relative_error([3.0, 4.5], [3.0, 4.0]) == pytest.approx(0.1)
+    assert relative_error([3.0], [3.0, 4.0]) == np.inf
+    assert relative_error([np.nan, 4.0], [3.0, 4.0]) == np.inf
+
+
+def test_a_folder_without_anything(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="holds nothing to check"):
+        main(tmp_path)
+    entry = {"file": "a.npz", "ghn": "ghn2", "net": {"torchvision": "alexnet"}}
+    (tmp_path / "index.json").write_text(json.dumps([entry]))
+    assert main(tmp_path) == 1
+    assert "FAIL a.npz" in capsys.readouterr().out
