@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint stream clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py --out runs/demo
@@ -14,10 +14,6 @@ test: $(VENV)/.installed-test lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-
-# Slow: 300 architectures through the real training step, counting compiled programs.
-stream: $(VENV)/.installed
-	$(BIN)/python bench/stream.py
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; say which: make demo PYTHON=python3.11")'

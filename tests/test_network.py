@@ -19,11 +19,12 @@ PLAIN = Genotype(
 
 
 def every_operation() -> Genotype:
-    """Two nodes for each operation but attention: one reads the cell's inputs, one the first."""
+    """A node for each operation but attention; it reads one of the cell's inputs and a state."""
     edges, names = [], [name for name in OPERATIONS if name not in ("msa", "none")]
     for i, name in enumerate(names):
-        edges += [(name, i % 2), (name, 2 + i // 2)]
-    return Genotype(tuple(edges), (14, 3), tuple(edges), (14, 3))
+        edges += [(name, i % 2), (name, min(i + 1, 2))]
+    concat = tuple(range(2, len(names) + 2))
+    return Genotype(tuple(edges), concat, tuple(edges), concat)
 
 
 @functools.cache

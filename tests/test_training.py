@@ -12,7 +12,7 @@ import train_ghn
 
 from ghn_jax.architecture import Architecture
 from ghn_jax.checkpoint import load_ghn
-from ghn_jax.compilation import CompilationCounter
+from ghn_jax.compilation import CompilationCounter, executor_options
 from ghn_jax.executor.bucket import Bucket
 from ghn_jax.ghn import GHN
 from ghn_jax.images import load_images
@@ -78,7 +78,8 @@ def test_an_update_is_the_gradient_of_the_mean_loss_of_the_modules(sgd, batch):
             losses.append(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean())
         return sum(losses) / 2
 
-    loss, grads = jax.value_and_grad(mean_loss)(state.params)
+    gradient = jax.jit(jax.value_and_grad(mean_loss), compiler_options=executor_options())
+    loss, grads = gradient(state.params)
     before = jax.tree.map(np.asarray, state.params)
     after, metrics = sgd(state, meta_batch(ARCHITECTURES[:2]), images, labels)
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
@@ -120,6 +121,27 @@ def test_no_program_is_compiled_for_another_architecture_of_a_bucket(sgd, batch)
         _, metrics = sgd(sgd.init(0), meta_batch(ARCHITECTURES[i : i + 2]), *batch)
         assert metrics.applied
     assert counter.count == 0
+
+
+def test_there_is_one_program_for_each_bucket_of_the_papers_architectures():
+    """What programs depend on, over 320 training architectures of which none repeats."""
+    c = preset("ghn2")
+    ghn, rules = c.ghn(10, 32), c.rules(32)
+    seen: dict[Bucket, set] = {}
+    rows = set()
+    architectures = [sample_architecture("train", 0, i, rules=rules) for i in range(320)]
+    assert len({json.dumps(a.to_dict()) for a in architectures}) == 320
+    for start in range(0, 320, 8):
+        batch = make_meta_batch(ghn, architectures[start : start + 8], image_size=32, n_groups=2)
+        for group in batch.groups:
+            rows.add(tuple((kind, len(nodes)) for kind, nodes in sorted(group.rows.nodes.items())))
+            for program in group.programs:
+                seen.setdefault(program.bucket, set()).add(program.capacity)
+                # Beyond it, everything is an array, always of the same shape.
+                assert len(program.table.kind) == program.capacity.instructions
+    assert len(rows) == 1
+    assert {len(capacities) for capacities in seen.values()} == {1}
+    assert len(seen) <= 40
 
 
 def test_a_stream_goes_on_where_it_stopped():
