@@ -17,7 +17,7 @@ import optax
 
 from ghn_jax.compilation import crowded, executor_options
 from ghn_jax.executor import run
-from ghn_jax.executor.bucket import Bucket, Capacity
+from ghn_jax.executor.bucket import MAX_HIDDEN, Bucket, Capacity
 from ghn_jax.executor.program import Instructions
 from ghn_jax.executor.run import Tiles
 from ghn_jax.executor.tiles import decode_tiles
@@ -69,7 +69,7 @@ def _run_one(
 ):
     """Loss, accuracy and tile cotangents (times `weight`) of one architecture."""
     values, features = run.forward(bucket, capacity, normalise, tiles, table, images)
-    keep = jax.random.bernoulli(key, 0.5, (len(images), run.MAX_HIDDEN))
+    keep = jax.random.bernoulli(key, 0.5, (len(images), MAX_HIDDEN))
     dropout = 2.0 * keep.astype(jnp.float32)
 
     def head_loss(features, weights):

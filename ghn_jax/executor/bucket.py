@@ -51,6 +51,7 @@ UNITS = {
 }
 _CELL = sorted({UNITS[op] for op in UNITS if not op.startswith("stem")} - {"mix", "reduce"})
 _STEM_KERNELS = (3, 5, 7)
+MAX_HIDDEN = 512  # hidden fully connected layers are padded to this width
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -75,7 +76,7 @@ class Bucket:
 
         Raises:
           ValueError: the executor cannot run it (fewer than three cells, more than two fully
-            connected layers, a stem kernel other than 3, 5 or 7).
+            connected layers, more than 512 hidden units, a stem kernel other than 3, 5 or 7).
         """
         arch = wiring.arch
         if arch.n_cells < 3:
@@ -87,6 +88,11 @@ class Bucket:
             raise ValueError(
                 f"the executor runs 1 or 2 fully connected layers, given {arch.fc_layers}; use "
                 "build_network for more"
+            )
+        if len(wiring.head.dims) == 3 and wiring.head.dims[1] > MAX_HIDDEN:
+            raise ValueError(
+                f"the executor runs {MAX_HIDDEN} hidden units or less, given "
+                f"fc_dim={arch.fc_dim}; use build_network for more"
             )
         if arch.has_attention:
             stem = "vit"

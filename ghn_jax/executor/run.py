@@ -31,7 +31,6 @@ from ghn_jax.parameters import TileKind, squash_bias, tile_axis
 Tiles = dict[TileKind, jax.Array]
 CLASSIFIER, CLASSIFIER_BIAS = TileKind("classifier"), TileKind("classifier_bias")
 KERNEL = TileKind("kernel")
-MAX_HIDDEN = 512  # hidden fully connected layers are padded to this width
 
 
 def _read(array: jax.Array, index: jax.Array) -> jax.Array:
