@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from ghn_jax.executor.branches import VECTOR, Context, branch_of, finish, stride_of
-from ghn_jax.executor.bucket import Bucket, Kind
+from ghn_jax.executor.bucket import MAX_HIDDEN, Bucket, Kind
 from ghn_jax.executor.program import Instructions
 from ghn_jax.parameters import TileKind, squash_bias, tile_axis
 
