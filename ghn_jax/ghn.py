@@ -91,9 +91,7 @@ class GHN(nn.Module):
             names=["input"],
             cells=np.zeros(1, np.int32),
         )
-        graph = pad_graphs([example], n_node=2, n_edge=1)
-        init = jax.jit(functools.partial(self.init, method="encode_and_decode_all"))
-        return init(jax.random.key(seed), graph)
+        return _init(self, jax.random.key(seed), pad_graphs([example], n_node=2, n_edge=1))
 
     # --- What users call ---
 
@@ -167,6 +165,11 @@ class GHN(nn.Module):
             tiles.update({node: group[i] for i, node in enumerate(nodes)})
         params = assemble(graph, tiles, self.normalise, xp)
         return params if traced else jax.tree.map(jnp.asarray, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(ghn: GHN, key: jax.Array, graph: jraph.GraphsTuple) -> dict:
+    return ghn.init(key, graph, method="encode_and_decode_all")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from ghn_jax.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
+from ghn_jax.compilation import executor_options
 from ghn_jax.executor import run
 from ghn_jax.executor.bucket import MAX_HIDDEN, Bucket, Capacity
 from ghn_jax.executor.program import (
@@ -40,13 +41,8 @@ NO_DROPOUT = np.ones((BATCH, MAX_HIDDEN), np.float32)
 VECTOR = TileKind("vector")
 # Tiles smaller than most kernels, and not square: channels repeat, axes cannot be confused.
 SMALL = GHN(max_shape=(12, 16, 16, 16))
-SHORT_COMPILATION = {"xla_backend_optimization_level": "1"}
 # Modules are compiled for a single run.
-SHORTEST_COMPILATION = {
-    "xla_backend_optimization_level": "0",
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
+SHORTEST_COMPILATION = {**(executor_options() or {}), "xla_backend_optimization_level": "0"}
 
 
 # --- Architectures --------------------------------------------------------------------------------
@@ -202,8 +198,8 @@ class Group:
             kind: 1 + max(len(count.get(kind, ())) for count in counts) for kind in kinds_of(bucket)
         }
         self.traces = 0
-        self.gradient = jax.jit(self._gradient, compiler_options=SHORT_COMPILATION)
-        self.logits = jax.jit(self.execute, compiler_options=SHORT_COMPILATION)
+        self.gradient = jax.jit(self._gradient, compiler_options=executor_options())
+        self.logits = jax.jit(self.execute, compiler_options=executor_options())
 
     def prepare(self, case: Case, seed: int = 0) -> Run:
         rows, (names,) = tile_rows([case.graph], self.sizes)
@@ -390,7 +386,7 @@ class Batch(NamedTuple):
 def test_vmap_equals_one_by_one():
     group, tiles, tables, results = Batch.of(3)
     mapped = jax.vmap(group._gradient, in_axes=(0, 0, None, None))
-    mapped = jax.jit(mapped, compiler_options=SHORT_COMPILATION)
+    mapped = jax.jit(mapped, compiler_options=executor_options())
     assert_trees_close(mapped(tiles, tables, IMAGES, COTANGENT), results)
 
 
@@ -407,7 +403,7 @@ def test_two_devices_equal_one():
     sharded = jax.shard_map(
         on_one_device, mesh=mesh, in_specs=(each, each, all_, all_), out_specs=each, check_vma=False
     )
-    sharded = jax.jit(sharded, compiler_options=SHORT_COMPILATION)
+    sharded = jax.jit(sharded, compiler_options=executor_options())
     actual = sharded(tiles, tables, IMAGES, COTANGENT)
     assert len(actual[0].sharding.device_set) == 2
     assert_trees_close(actual, results)
@@ -482,13 +478,15 @@ def test_what_the_executor_cannot_run(changes, message):
         Bucket.of(wire(arch))
 
 
-def test_tiles_of_a_group_are_those_of_its_nodes():
+@pytest.mark.parametrize("cells", [(4, 14), (3,)])
+def test_tiles_of_a_group_are_those_of_its_nodes(cells):
     """Decoding in chunks, as many as the batch needs, is decoding; gradients too."""
     ghn = GHN(max_shape=(12, 16, 7, 7))
-    graphs = [Case.of(Architecture(EXCITE, n_cells)).graph for n_cells in (4, 14)]
+    graphs = [Case.of(Architecture(EXCITE, n_cells)).graph for n_cells in cells]
     variables = ghn.init_variables(0)
     states = ghn.apply(variables, pad_graphs(graphs))
-    rows, names = tile_rows(graphs, {})
+    # Of classifiers there are fewer than a chunk.
+    rows, names = tile_rows(graphs, {TileKind("classifier"): 8})
 
     def all_at_once(variables, states):
         return {
@@ -513,7 +511,8 @@ def test_tiles_of_a_group_are_those_of_its_nodes():
 
         results.append(both(variables, states, cotangent))
     assert_trees_close(*results)
-    assert any(len(nodes) > 64 for nodes in rows.nodes.values())  # more than one chunk
+    counts = [int(count) for count in rows.counts.values()]
+    assert max(counts) > 64 if len(cells) > 1 else 1 in counts  # more than a chunk; less than one
     # The rows' names lead to the nodes of their own graph.
     offset = 0
     for g, row_of in zip(graphs, names, strict=True):

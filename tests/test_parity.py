@@ -19,7 +19,7 @@ def test_everything_the_authors_computed(shared):
     print("\n".join(map(str, reports)))
     assert {r.file for r in reports if not r.passed} == OTHERS
     kinds = {kind for r in reports for kind in r.errors}
-    assert kinds == set(parity.TOLERANCES)
+    assert kinds >= set(parity.TOLERANCES)
     assert len(reports) >= 36
 
 

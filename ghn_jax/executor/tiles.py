@@ -8,6 +8,7 @@ nobody needs cost nothing.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,22 @@ def _slice(x, start, chunk):
     return lax.dynamic_slice_in_dim(x, start, chunk, 0)
 
 
+def _for_chunks(count, chunk: int, body: Callable, carry):
+    """`body(start, carry)` for every chunk of the first `count` rows.
+
+    The loop counts chunks, not rows: where `count` is the constant 1, XLA's CPU backend leaves out
+    a loop of larger steps than 1 (jax 0.10.2).
+    """
+    chunks = (count + chunk - 1) // chunk
+
+    def step(state):
+        i, carry = state
+        return i + 1, body(i * chunk, carry)
+
+    start = (jnp.zeros_like(chunks), carry)
+    return lax.while_loop(lambda s: s[0] < chunks, step, start)[1]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def decode(
     decoder: Decoder, kind: TileKind, params, states: jax.Array, count: jax.Array
@@ -42,14 +59,12 @@ def decode(
     """Decodes the first `count` of (n, d) node states to (n, ...) tiles; the rest are zero."""
     chunk = _chunk(kind, len(states))
 
-    def body(carry):
-        start, out = carry
+    def body(start, out):
         tiles = decoder.apply(params, _slice(states, start, chunk), kind)
-        return start + chunk, lax.dynamic_update_slice_in_dim(out, tiles, start, 0)
+        return lax.dynamic_update_slice_in_dim(out, tiles, start, 0)
 
     shape = jax.eval_shape(lambda p, s: decoder.apply(p, s, kind), params, states)
-    out = jnp.zeros(shape.shape, shape.dtype)
-    return lax.while_loop(lambda c: c[0] < count, body, (jnp.zeros_like(count), out))[1]
+    return _for_chunks(count, chunk, body, jnp.zeros(shape.shape, shape.dtype))
 
 
 def _decode_forward(decoder, kind, params, states, count):
@@ -60,8 +75,8 @@ def _decode_backward(decoder, kind, residuals, g):
     params, states, count = residuals
     chunk = _chunk(kind, len(states))
 
-    def body(carry):
-        start, dparams, dstates = carry
+    def body(start, carry):
+        dparams, dstates = carry
         used = (start + jnp.arange(chunk)) < count
         part = _slice(g, start, chunk)
         # Rows beyond the last in use hold anything: a chunk may end in some.
@@ -73,11 +88,10 @@ def _decode_backward(decoder, kind, residuals, g):
         )
         dp, ds = vjp(part)
         dstates = lax.dynamic_update_slice_in_dim(dstates, ds, start, 0)
-        return start + chunk, jax.tree.map(jnp.add, dparams, dp), dstates
+        return jax.tree.map(jnp.add, dparams, dp), dstates
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    carry = (jnp.zeros_like(count), zeros, jnp.zeros_like(states))
-    _, dparams, dstates = lax.while_loop(lambda c: c[0] < count, body, carry)
+    dparams, dstates = _for_chunks(count, chunk, body, (zeros, jnp.zeros_like(states)))
     return dparams, dstates, None
 
 
