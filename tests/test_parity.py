@@ -90,7 +90,7 @@ def test_a_spoiled_gradient_is_found(shared):
     # One of the three networks alone: its gradient is not the mean one.
     errors = parity.check_gradient(
         file, nets[1:2], *load_torch_ghn(folder / "random_ghn2_cifar10.pt"),
-        jnp.asarray(np.load(folder / "images.npy").transpose(0, 2, 3, 1)), parity._executor_loss,
+        jnp.asarray(np.load(folder / "images.npy").transpose(0, 2, 3, 1)), parity._module_loss,
     )  # fmt: skip
     assert errors["gradient"] > parity.TOLERANCES["gradient"]
     assert errors["logits"] > parity.TOLERANCES["logits"]
