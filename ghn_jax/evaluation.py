@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghn_jax.architecture import DARTS, PDARTS, VIT, Architecture
+from ghn_jax.compilation import executor_options
 from ghn_jax.ghn import GHN
 from ghn_jax.images import Images, eval_batches
 from ghn_jax.network import build_network
@@ -31,8 +32,7 @@ class Accuracy(NamedTuple):
     seconds: float
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _count_correct(network: nn.Module, params, images: jax.Array, labels: jax.Array) -> jax.Array:
+def _count_correct(network: nn.Module, params, images, labels, counted) -> jax.Array:
     """(2,) how often the right class is the first, and among the first five."""
     logits = network.apply({"params": params}, images)
     # The right class's rank; a class that ties with it counts as ahead of it.
@@ -40,46 +40,66 @@ def _count_correct(network: nn.Module, params, images: jax.Array, labels: jax.Ar
     rank = (logits >= target).sum(1) - 1
     # Logits that are not finite are never right.
     rank = jnp.where(jnp.isfinite(logits).all(1), rank, logits.shape[1])
-    return jnp.stack([(rank < 1).sum(), (rank < 5).sum()])
+    right = jnp.stack([rank < 1, rank < 5]) & (jnp.arange(len(rank)) < counted)
+    return right.sum(1)
 
 
-def _full(images: np.ndarray, labels: np.ndarray, size: int):
-    """Repeats a last, smaller batch to full size where that leaves its statistics as they are."""
-    repeats = size // len(images)
-    if repeats > 1 and size % len(images) == 0:
-        return np.concatenate([images] * repeats), np.concatenate([labels] * repeats), repeats
-    return images, labels, 1
+def _full_batches(images: Images, size: int):
+    """Batches of one size, (images, labels, counted): how many of the first count.
+
+    A last, smaller batch would be a program of its own. It is repeated up to full size where that
+    leaves its statistics as they are (of CIFAR-10, 16 images four times), else filled with the
+    first images.
+    """
+    first = None
+    for batch, labels in eval_batches(images, size):
+        first = (batch, labels) if first is None else first
+        counted = len(batch)
+        fill = (batch, labels) if size % counted == 0 else first
+        while len(batch) < size <= len(images):
+            batch = np.concatenate([batch, fill[0]])[:size]
+            labels = np.concatenate([labels, fill[1]])[:size]
+        yield batch, labels, counted
 
 
 def evaluate_network(
-    network: nn.Module, params, images: Images, *, batch_size: int = 64
-) -> Accuracy:
-    """Accuracy of one network on a set of images, batch norm on batch statistics.
+    network: nn.Module, *candidates, images: Images, batch_size: int = 64
+) -> list[Accuracy]:
+    """Accuracies of a network on a set of images, batch norm on batch statistics.
 
     Args:
       network: from `build_network`.
-      params: its parameters.
+      candidates: trees of parameters for it; it is compiled once for all.
       images: the images.
-      batch_size: images in a batch; the last batch is smaller.
+      batch_size: images in a batch; all are of this size.
     """
-    start = time.perf_counter()
-    correct = np.zeros(2)
-    results = []
-    for batch, labels in eval_batches(images, batch_size):
-        batch, labels, repeats = _full(batch, labels, batch_size)
-        results.append((_count_correct(network, params, batch, labels), repeats))
-    for counts, repeats in results:
-        correct += np.asarray(counts) / repeats
-    # A program for each network: without this they would pile up.
-    _count_correct.clear_cache()
-    top1, top5 = correct / len(images)
-    return Accuracy(float(top1), float(top5), len(images), time.perf_counter() - start)
+    count = jax.jit(functools.partial(_count_correct, network), compiler_options=executor_options())
+    accuracies = []
+    for params in candidates:
+        start = time.perf_counter()
+        counts = [count(params, *batch) for batch in _full_batches(images, batch_size)]
+        top1, top5 = (float(share) for share in sum(map(np.asarray, counts)) / len(images))
+        accuracies.append(Accuracy(top1, top5, len(images), time.perf_counter() - start))
+    return accuracies
 
 
 def random_parameters(network: nn.Module, image_size: int, seed: int):
-    """He-initialised parameters of a network, a pure function of the seed."""
-    images = jnp.zeros((2, image_size, image_size, 3))
-    return jax.jit(network.init)(jax.random.key(seed), images)["params"]
+    """He-initialised parameters of a network, a pure function of the seed.
+
+    Drawn here and not by `network.init`, which would be compiled for every network.
+    """
+    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            return np.full(leaf.shape, float(name == "scale"), np.float32)
+        fan_in = 2 if name == "embedding" else np.prod(leaf.shape[:-1])  # of std 1
+        return rng.standard_normal(leaf.shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def named_architectures(width: int, n_cells: int = 8) -> dict[str, Architecture]:
@@ -125,7 +145,12 @@ def evaluate_ghn(
         jax.block_until_ready(params)
         predict_seconds = time.perf_counter() - start
         network = build_network(arch, ghn.num_classes, images.image_size)
-        accuracy = evaluate_network(network, params, images, batch_size=batch_size)
+        candidates = [params]
+        if compare_random:
+            candidates.append(random_parameters(network, images.image_size, seed=len(records)))
+        accuracy, *random = evaluate_network(
+            network, *candidates, images=images, batch_size=batch_size
+        )
         record = {
             "name": name,
             "top1": accuracy.top1,
@@ -136,10 +161,8 @@ def evaluate_ghn(
             "evaluate_seconds": round(accuracy.seconds, 3),
             "architecture": arch.to_dict(),
         }
-        if compare_random:
-            random = random_parameters(network, images.image_size, seed=len(records))
-            accuracy = evaluate_network(network, random, images, batch_size=batch_size)
-            record["top1_random"] = accuracy.top1
+        if random:
+            record["top1_random"] = random[0].top1
         report(record)
         records.append(record)
     return records

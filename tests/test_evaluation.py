@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ghn_jax.architecture import DARTS, Architecture
+from ghn_jax import evaluation
+from ghn_jax.architecture import DARTS, VIT, Architecture
 from ghn_jax.checkpoint import save_ghn
 from ghn_jax.evaluation import (
     evaluate_ghn,
@@ -51,7 +52,7 @@ def test_accuracy_is_the_fraction_of_right_answers(digits):
     order = np.argsort(-logits, axis=1)
     top1 = (order[:, 0] == labels).mean()
     top5 = (order[:, :5] == labels[:, None]).any(1).mean()
-    result = evaluate_network(with_logits(digits, logits), {}, digits, batch_size=64)
+    (result,) = evaluate_network(with_logits(digits, logits), {}, images=digits)
     assert result.images == len(digits)
     assert result.top1 == pytest.approx(top1)
     assert result.top5 == pytest.approx(top5)
@@ -61,7 +62,8 @@ def test_accuracy_is_the_fraction_of_right_answers(digits):
 def test_equal_and_infinite_logits_are_never_right(digits):
     for value in (0.0, np.nan, np.inf):
         logits = np.full((len(digits), 10), value, np.float32)
-        assert evaluate_network(with_logits(digits, logits), {}, digits).top1 == 0
+        (result,) = evaluate_network(with_logits(digits, logits), {}, images=digits)
+        assert result.top1 == 0
 
 
 def test_batch_norm_uses_the_statistics_of_each_batch(digits):
@@ -69,10 +71,35 @@ def test_batch_norm_uses_the_statistics_of_each_batch(digits):
     network = build_network(arch, 10, 16)
     params = random_parameters(network, 16, seed=0)
     right = 0
-    for images, labels in eval_batches(digits, 64):
-        right += (network.apply({"params": params}, images).argmax(1) == labels).sum()
-    result = evaluate_network(network, params, digits, batch_size=64)
+    batches = list(eval_batches(digits, 64))
+    for images, labels in batches:
+        full = np.concatenate([images, batches[0][0]])[:64]  # the last one is not full
+        logits = network.apply({"params": params}, full)[: len(labels)]
+        right += (logits.argmax(1) == labels).sum()
+    assert len(labels) not in (32, 64)
+    (result,) = evaluate_network(network, params, images=digits)
     assert result.top1 == pytest.approx(float(right) / len(digits), abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [16, 62, 80, 96])
+def test_every_image_counts_once_in_a_full_batch(count):
+    pixels = np.arange(count, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 3))
+    batches = [(pixels[i : i + 64], np.arange(i, min(i + 64, count))) for i in range(0, count, 64)]
+
+    class Few:
+        def __len__(self):
+            return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "eval_batches", lambda *_: batches)
+        full = list(evaluation._full_batches(Few(), 64))
+    assert [n for _, _, n in full] == [len(y) for _, y in batches]
+    for images, labels, _ in full:
+        assert len(images) == len(labels) == min(count, 64)
+        np.testing.assert_array_equal(images[:, 0, 0, 0], labels)
+    last = full[-1][1].tolist()
+    if count in (80, 96):  # repeated: the statistics of 16 or 32 images
+        assert last == list(range(64, count)) * (64 // (count - 64))
 
 
 def test_random_parameters_are_a_function_of_the_seed():
@@ -80,6 +107,23 @@ def test_random_parameters_are_a_function_of_the_seed():
     a, b, c = (jax.tree.leaves(random_parameters(network, 16, seed=s)) for s in (0, 0, 1))
     assert all((x == y).all() for x, y in zip(a, b, strict=True))
     assert any((x != y).any() for x, y in zip(a, c, strict=True))
+
+
+def test_random_parameters_are_distributed_as_the_modules_own():
+    for arch in (Architecture(DARTS, 4, C=16), Architecture(VIT, 3, C=32)):
+        network = build_network(arch, 10, 16)
+        ours = random_parameters(network, 16, seed=0)
+        theirs = network.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))["params"]
+        for (path, a), b in zip(
+            jax.tree_util.tree_flatten_with_path(ours)[0], jax.tree.leaves(theirs), strict=True
+        ):
+            name = jax.tree_util.keystr(path)
+            assert a.shape == b.shape, name
+            if a.size >= 256 or not np.std(b):
+                assert np.std(a) == pytest.approx(float(np.std(b)), rel=0.2), name
+                assert np.mean(a) == pytest.approx(float(np.mean(b)), abs=0.3 * float(np.std(b))), (
+                    name
+                )
 
 
 def test_a_record_for_each_architecture(digits):
@@ -96,7 +140,7 @@ def test_a_record_for_each_architecture(digits):
         assert 0 <= record["top1_random"] <= 1
         params = SMALL.predict(variables, arch, image_size=16)
         assert record["parameters"] == sum(x.size for x in jax.tree.leaves(params))
-        again = evaluate_network(build_network(arch, 10, 16), params, digits)
+        (again,) = evaluate_network(build_network(arch, 10, 16), params, images=digits)
         assert again.top1 == record["top1"]
     json.dumps(records)
 
