@@ -149,6 +149,7 @@ def make_meta_batch(
     *,
     image_size: int,
     n_groups: int = 1,
+    graph_nodes: int = 288,
     position: int = 0,
 ) -> MetaBatch:
     """Prepares architectures for an update.
@@ -158,6 +159,8 @@ def make_meta_batch(
       architectures: the meta-batch.
       image_size: height and width of the images, in pixels.
       n_groups: number of workers that will run them.
+      graph_nodes: nodes that the padded graph has room for, for each architecture; where that does
+        not suffice, it grows.
       position: stored in the result.
 
     Raises:
@@ -168,7 +171,7 @@ def make_meta_batch(
     nodes = sum(map(len, graphs))
     edges = sum(len(g.edges) for g in graphs)
     # Static sizes that nearly every meta-batch of this many architectures fits.
-    room = 288 * next_power_of_two(len(graphs))
+    room = graph_nodes * next_power_of_two(len(graphs))
     offsets = np.cumsum([0] + [len(g) for g in graphs])
     groups = []
     n_groups = min(n_groups, len(graphs))
@@ -201,7 +204,7 @@ class Stream:
     """An endless stream of meta-batches; meta-batch after meta-batch a pure function of `start`.
 
     Attributes:
-      ghn, image_size, n_groups: see `make_meta_batch`.
+      ghn, image_size, n_groups, graph_nodes: see `make_meta_batch`.
       architecture: position -> the architecture at that position of the stream.
       size: architectures in a meta-batch.
       max_nodes: meta-batches with more nodes are passed over.
@@ -212,6 +215,7 @@ class Stream:
     size: int
     image_size: int
     n_groups: int = 1
+    graph_nodes: int = 288
     max_nodes: int = MAX_NODES
 
     def batches(self, start: int) -> Iterator[MetaBatch]:
@@ -225,6 +229,7 @@ class Stream:
                 architectures,
                 image_size=self.image_size,
                 n_groups=self.n_groups,
+                graph_nodes=self.graph_nodes,
                 position=position,
             )
             if batch.nodes <= self.max_nodes:

@@ -35,7 +35,10 @@ class TrainConfig:
     fc_dims: tuple[int, ...] = RULES["train"].fc_dims  # hidden classifier widths to choose from
     n_cells: tuple[int, int] = RULES["train"].n_cells  # least and most cells
     nodes: tuple[int, int] = RULES["train"].nodes  # least and most nodes in a cell
+    norm: str = "mixed"  # mixed: batch norm in most networks, as in the paper; or always, never
     max_nodes: int = 2200  # meta-batches with more graph nodes are passed over
+    graph_nodes: int = 288  # nodes that padded graphs have room for, for each architecture
+    tile_channels: int = 64  # channels of the largest kernel that the decoder makes (C of B.1)
     virtual_edges: int = 50  # longest virtual edge (s^(max), Eq. 4); 1 for none
     virtual_includes_real: bool = False  # as the authors' code, to exchange weights with it
     seed: int = 0  # of parameters, images, architectures and dropout
@@ -53,13 +56,15 @@ class TrainConfig:
             n_cells=self.n_cells,
             nodes=self.nodes,
             deep_nodes=max(low, min(high, RULES["train"].deep_nodes)),
+            norm=self.norm,
             image_size=224 if image_size > 96 else 32,
         )
 
     def ghn(self, num_classes: int, image_size: int) -> GHN:
         """The preset's hypernetwork."""
-        kernel = 16 if image_size > 96 else 11  # S of B.1
-        options = {"max_shape": (64, 64, kernel, kernel)}
+        # S of B.1: the largest kernel, or the grid of attention's patches.
+        kernel = 16 if image_size > 96 else max(7, image_size // 3 + 1)
+        options = {"max_shape": (self.tile_channels, self.tile_channels, kernel, kernel)}
         if self.preset == "ghn1":
             return ghn1(num_classes, **options)
         make = mlp_baseline if self.preset == "mlp" else GHN
@@ -91,16 +96,19 @@ PRESETS: dict[str, TrainConfig] = {
         preset="demo",
         dataset="digits",
         out=Path("runs/demo"),
-        steps=600,
-        epochs=40,
-        decay_epochs=(30,),
+        steps=4500,
+        epochs=125,
+        decay_epochs=(105,),
         batch_size=32,
-        meta_batch=4,
-        widths=(16,),
+        meta_batch=2,
+        widths=(8,),
         fc_dims=(32,),
-        n_cells=(3, 5),
+        n_cells=(3, 4),
         nodes=(1, 2),
-        save_every=100,
+        norm="always",
+        graph_nodes=128,
+        tile_channels=16,
+        save_every=500,
     ),
 }
 

@@ -72,7 +72,9 @@ def architecture_source(config: TrainConfig, image_size: int) -> Callable[[int],
 
 def check(config: TrainConfig) -> None:
     """Raises ValueError for options that cannot work, before any long work."""
-    for field in ("epochs", "batch_size", "meta_batch", "save_every", "workers", "max_nodes"):
+    counts = ("epochs", "batch_size", "meta_batch", "save_every", "workers", "max_nodes",
+              "graph_nodes", "tile_channels")  # fmt: skip
+    for field in counts:
         value = getattr(config, field)
         if value < 1:
             raise ValueError(f"--{field.replace('_', '-')} is {value}; allowed: 1 or more")
@@ -125,6 +127,7 @@ def train(config: TrainConfig, images: Images) -> None:
         size=config.meta_batch,
         image_size=images.image_size,
         n_groups=config.workers if jax.default_backend() == "cpu" else 1,
+        graph_nodes=config.graph_nodes,
         max_nodes=config.max_nodes,
     )
     counter = CompilationCounter()
