@@ -146,6 +146,16 @@ def test_there_is_one_program_for_each_bucket_of_the_papers_architectures():
     assert len(seen) <= 40
 
 
+def test_padded_graphs_have_the_room_that_was_asked_for():
+    """Static sizes do not depend on the architectures, up to that room."""
+    few, many = ARCHITECTURES[:2], ARCHITECTURES[3:5]
+    sizes = [meta_batch(a, graph_nodes=64).graph.nodes["primitive"].shape for a in (few, many)]
+    assert sizes == [(128,), (128,)]
+    nodes = meta_batch(ARCHITECTURES[:2]).nodes
+    grown = meta_batch(ARCHITECTURES[:2], graph_nodes=8).graph.nodes["primitive"]
+    assert nodes < len(grown) < 4 * nodes
+
+
 def test_a_stream_goes_on_where_it_stopped():
     def architecture(position):
         return ARCHITECTURES[position % 8]
