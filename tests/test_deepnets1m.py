@@ -187,7 +187,7 @@ def test_graphs_are_read_when_asked_for(tmp_path, monkeypatch):
     write(tmp_path)
     assert len(nets.graph(0)) == 3
     opened = []
-    monkeypatch.setattr("ghn_jax.deepnets1m._open_hdf5", lambda p: opened.append(p))
+    monkeypatch.setattr("ghn_jax.deepnets1m.reader._open_hdf5", lambda p: opened.append(p))
     nets.graph(1)
     assert not opened  # once for each process
     monkeypatch.setattr("os.getpid", lambda: -5)
