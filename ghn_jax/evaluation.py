@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghn_jax.architecture import DARTS, PDARTS, VIT, Architecture
-from ghn_jax.compilation import executor_options
 from ghn_jax.ghn import GHN
 from ghn_jax.images import Images, eval_batches
 from ghn_jax.network import build_network
@@ -73,7 +72,7 @@ def evaluate_network(
       images: the images.
       batch_size: images in a batch; all are of this size.
     """
-    count = jax.jit(functools.partial(_count_correct, network), compiler_options=executor_options())
+    count = jax.jit(functools.partial(_count_correct, network))
     accuracies = []
     for params in candidates:
         start = time.perf_counter()
