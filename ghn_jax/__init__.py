@@ -8,13 +8,14 @@ logits = ghn_jax.build_network(arch).apply({"params": params}, images)
 
 from ghn_jax.architecture import DARTS, PDARTS, VIT, Architecture, Genotype
 from ghn_jax.checkpoint import load_ghn, save_ghn
+from ghn_jax.counts import count_flops, count_parameters
 from ghn_jax.ghn import GHN, ghn1, mlp_baseline
 from ghn_jax.graph import PRIMITIVES, Graph, build_graph, pad_graphs
 from ghn_jax.network import build_network
 from ghn_jax.sampling import RULES, SPLITS, Rules, sample_architecture
 from ghn_jax.torch_ghn import load_torch_ghn, save_torch_ghn
 from ghn_jax.torch_network import from_torch, to_torch
-from ghn_jax.wiring import DisconnectedError, count_parameters
+from ghn_jax.wiring import DisconnectedError
 
 __all__ = [
     "DARTS",
@@ -31,6 +32,7 @@ __all__ = [
     "Rules",
     "build_graph",
     "build_network",
+    "count_flops",
     "count_parameters",
     "from_torch",
     "ghn1",

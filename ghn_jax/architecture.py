@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,7 +116,7 @@ class Genotype:
             f"'genotype.reduce_concat' {len(self.reduce_concat)}; both cells must be as wide",
         )
 
-    @property
+    @functools.cached_property
     def operations(self) -> frozenset[str]:
         """The operations named anywhere in the genotype."""
         return frozenset(name for name, _ in self.normal + self.reduce)
@@ -200,7 +201,7 @@ class Architecture:
             f"architecture field 'C' is {self.C}; allowed with attention (8 heads): multiples of 8",
         )
 
-    @property
+    @functools.cached_property
     def has_attention(self) -> bool:
         """Whether any operation is attention; such networks have the ViT stem and no strides."""
         return "msa" in self.genotype.operations

@@ -14,7 +14,8 @@ import jraph
 import numpy as np
 
 from ghn_jax.architecture import Architecture
-from ghn_jax.wiring import IMAGE, Operation, Wiring, head_nodes, operation_nodes, wire
+from ghn_jax.nodes import Node, head_nodes, operation_expansion
+from ghn_jax.wiring import IMAGE, Wiring, wire
 
 # The 15 primitives of Table 1; a primitive's id is its position (the authors' order).
 PRIMITIVES = (
@@ -66,79 +67,101 @@ class Graph:
 
 
 class _GraphBuilder:
-    """Expands a wiring's operations to nodes and follows tensors to the nodes that make them."""
+    """Expands a wiring's operations to nodes and follows tensors to the nodes that make them.
+
+    A row of `rows` is a node: primitive, name, shape, cell and the nodes that it reads.
+    """
 
     def __init__(self, wiring: Wiring):
         self.wiring = wiring
         self.rows: list[tuple[str, str, tuple[int, ...] | None, int, list[int]]] = []
-        self.writers: dict[int, list[Operation]] = {}
-        for op in wiring.operations:
+        self.writers: dict[int, list[int]] = {}  # state -> positions of operations
+        self.expansions = [
+            operation_expansion(op, wiring.norm, wiring.states) for op in wiring.operations
+        ]
+        for i, op in enumerate(wiring.operations):
             for state in op.output:
-                self.writers.setdefault(state, []).append(op)
-        self.output_of: dict[int, int] = {}  # id(operation) -> its last node
+                self.writers.setdefault(state, []).append(i)
+        self.output_of: list[int] = []  # position of an operation -> its last node
         self.node_of: dict[int, int] = {}  # state -> node
         self.concat_of: dict[tuple, int] = {}  # feature -> node
 
-    def add(self, primitive: str, name: str, shape, cell: int, sources: list[int]) -> int:
-        if not name:
-            # As in the official files: without a parameter of its own, a node counts to the cell
-            # of what it reads.
-            cell = max((self.rows[s][3] for s in sources), default=0)
-        self.rows.append((primitive, name, shape, cell, sorted(set(sources))))
-        return len(self.rows) - 1
+    def join(self, primitive: str, sources: list[int]) -> int:
+        """Adds a node without parameters where several meet.
 
-    def expand(self, nodes, cell: int, source: int) -> int:
+        As in the official files, a node without a name counts to the cell of what it reads.
+        """
+        rows = self.rows
+        rows.append((primitive, "", None, max([rows[s][3] for s in sources], default=0), sources))
+        return len(rows) - 1
+
+    def expand(self, nodes: tuple[Node, ...], prefix: str, cell: int, source: int) -> int:
         """Adds an operation's nodes; returns the last, or `source` if there are none."""
-        first = len(self.rows)
-        for node in nodes:
-            sources = [source if s < 0 else first + s for s in node.sources]
-            self.add(node.primitive, node.name, node.shape, cell, sources)
-        return len(self.rows) - 1 if nodes else source
+        rows = self.rows
+        first = len(rows)
+        for primitive, name, shape, sources in nodes:
+            inputs = [source if s < 0 else first + s for s in sources]
+            if not name:
+                rows.append((primitive, "", shape, max([rows[s][3] for s in inputs]), inputs))
+            elif name[0] == ".":
+                rows.append((primitive, prefix + name, shape, cell, inputs))
+            else:
+                rows.append((primitive, name, shape, cell, inputs))
+        return len(rows) - 1 if nodes else source
 
     def _tensor(self, state: int):
         """What a state is before sums are removed; an identity is the tensor that it passes on."""
-        writers = self.writers.get(state, [])
-        if len(writers) == 1 and not operation_nodes(writers[0], self.wiring):
-            return self._tensor(writers[0].inputs[0])
+        writers = self.writers.get(state, ())
+        if len(writers) == 1 and not self.expansions[writers[0]]:
+            return self._tensor(self.wiring.operations[writers[0]].inputs[0])
         return state
 
     def state(self, state: int) -> int:
         """The node that a state is read from; a `sum` where two tensors meet."""
-        if state not in self.node_of:
+        node = self.node_of.get(state)
+        if node is None:
             writers = self.writers[state]
-            sources = [self.output_of[id(op)] for op in writers]
-            # Two identities of one tensor add it to itself: one edge comes in, so no node.
-            tensors = {
-                self._tensor(op.inputs[0]) if not operation_nodes(op, self.wiring) else id(op)
-                for op in writers
-            }
-            if len(tensors) > 1:
-                node = self.add("sum", "", None, 0, sources)
-            else:
-                node = sources[0]
+            node = self.output_of[writers[0]]
+            if len(writers) > 1:
+                # Two identities of one tensor add it to itself: one edge comes in, so no node.
+                tensors = {
+                    ("operation", i)
+                    if self.expansions[i]
+                    else self._tensor(self.wiring.operations[i].inputs[0])
+                    for i in writers
+                }
+                if len(tensors) > 1:
+                    node = self.join("sum", [self.output_of[i] for i in writers])
             self.node_of[state] = node
-        return self.node_of[state]
+        return node
 
     def feature(self, feature) -> int:
         """The node that a feature is read from; a `concat` where two nodes or more meet."""
-        if feature not in self.concat_of:
-            parts = [s for s in feature if s is not None]
-            sources = {self.state(s) for s in parts}
-            if len(sources) > 1:
-                node = self.add("concat", "", None, 0, list(sources))
-            else:
-                node = sources.pop()
+        if len(feature) == 1:
+            return self.state(feature[0])
+        node = self.concat_of.get(feature)
+        if node is None:
+            sources = {self.state(s) for s in feature if s is not None}
+            node = self.join("concat", list(sources)) if len(sources) > 1 else sources.pop()
             self.concat_of[feature] = node
-        return self.concat_of[feature]
+        return node
 
     def build(self) -> list:
         wiring = self.wiring
-        self.node_of[IMAGE] = self.add("input", "", None, 0, [])
-        for op in wiring.operations:
-            last = self.expand(operation_nodes(op, wiring), op.cell, self.feature(op.inputs))
-            self.output_of[id(op)] = last
+        self.node_of[IMAGE] = self.join("input", [])
+        read = {op.inputs for op in wiring.operations}
+        cell = 0
+        for op, nodes in zip(wiring.operations, self.expansions, strict=True):
+            if op.cell != cell:
+                # Joins at a cell's end come before the next cell's nodes, as in the official files.
+                if wiring.outputs[cell] in read:
+                    self.feature(wiring.outputs[cell])
+                cell = op.cell
+            last = self.expand(nodes, op.name, op.cell, self.feature(op.inputs))
+            self.output_of.append(last)
+        head = wiring.head
         last_cell = wiring.arch.n_cells - 1
-        self.expand(head_nodes(wiring.head), last_cell, self.feature(wiring.head.feature))
+        self.expand(head_nodes(head), "", last_cell, self.feature(head.feature))
         return self.rows
 
 
@@ -150,15 +173,27 @@ def shortest_paths(sources: list[list[int]], cutoff: int) -> np.ndarray:
       cutoff: the longest path listed.
     """
     n = len(sources)
-    far = np.int32(n + 1)
-    distance = np.full((n, n), far, np.int32)
-    for node, from_ in enumerate(sources):  # topological order: every source is finished
+    distance = np.full((n, n), np.iinfo(np.int16).max // 2, np.int16)
+    one = np.ones(n, np.int16)  # adding an array is faster than a scalar
+    rows = list(distance)
+    # In topological order every source is finished. Far grows by at most n on its way.
+    for node, from_ in enumerate(sources):
+        row = rows[node]
         if from_:
-            distance[node] = distance[from_].min(0) + 1
-        distance[node, node] = 0
-    distance[distance > min(cutoff, n)] = 0
-    from_, to = np.nonzero(distance.T)
-    return np.stack([from_, to, distance[to, from_]], 1).astype(np.int32)
+            nearest = rows[from_[0]]
+            for other in from_[1:]:
+                nearest = np.minimum(nearest, rows[other])
+            np.add(nearest, one, row)
+        row[node] = 0
+    lengths = np.ascontiguousarray(distance.T)
+    listed = (lengths - one).view(np.uint16) < min(cutoff, n)  # 0 - 1 is 65,535
+    edges = np.empty((np.count_nonzero(listed), 3), np.int32)
+    # Masking broadcast indices takes half the time of `np.nonzero`.
+    index = np.arange(n, dtype=np.int32)
+    edges[:, 0] = np.broadcast_to(index[:, None], (n, n))[listed]
+    edges[:, 1] = np.broadcast_to(index, (n, n))[listed]
+    edges[:, 2] = lengths[listed]
+    return edges
 
 
 def build_graph(
@@ -184,17 +219,19 @@ def build_graph(
     if virtual_edges < 1:
         raise ValueError(f"virtual_edges is {virtual_edges}; allowed: 1 (real edges only) or more")
     rows = _GraphBuilder(wire(arch, num_classes=num_classes, image_size=image_size)).build()
-    # Cells contiguous, as in the official files; a concat belongs to the cell it ends.
-    order = sorted(range(len(rows)), key=lambda i: rows[i][3])
-    place = {old: new for new, old in enumerate(order)}
-    rows = [rows[i] for i in order]
-    sources = [sorted(place[s] for s in row[4]) for row in rows]
+    primitives, names, shapes, cells, sources = zip(*rows, strict=True)
+    if sorted(cells) != list(cells):
+        # Cells contiguous, as in the official files.
+        order = sorted(range(len(rows)), key=cells.__getitem__)
+        place = {old: new for new, old in enumerate(order)}
+        primitives, names, shapes, cells, sources = zip(*[rows[i] for i in order], strict=True)
+        sources = [[place[s] for s in read] for read in sources]
     return Graph(
-        primitives=np.array([PRIMITIVE_ID[row[0]] for row in rows], np.int32),
+        primitives=np.array([PRIMITIVE_ID[p] for p in primitives], np.int32),
         edges=shortest_paths(sources, virtual_edges),
-        param_shapes=[row[2] for row in rows],
-        names=[row[1] or row[0] for row in rows],
-        cells=np.array([row[3] for row in rows], np.int32),
+        param_shapes=list(shapes),
+        names=[name or p for name, p in zip(names, primitives, strict=True)],
+        cells=np.array(cells, np.int32),
     )
 
 

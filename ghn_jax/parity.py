@@ -27,6 +27,7 @@ import tyro
 
 from ghn_jax.architecture import Architecture
 from ghn_jax.compilation import executor_options
+from ghn_jax.counts import count_parameters
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.executor.run import execute
 from ghn_jax.executor.tiles import decode_tiles
@@ -37,7 +38,6 @@ from ghn_jax.network import build_network
 from ghn_jax.resnet import ResNet50, resnet50_graph
 from ghn_jax.torch_ghn import load_torch_ghn, to_torch_tensors
 from ghn_jax.torch_network import to_torch
-from ghn_jax.wiring import count_parameters
 
 TOLERANCES = {
     "graph": 0.0,  # nodes or edges that differ

@@ -21,12 +21,16 @@ from typing import Any
 import numpy as np
 
 from ghn_jax.architecture import OPERATIONS, Architecture, Edge, Genotype
-from ghn_jax.wiring import DisconnectedError, count_parameters, wire
+from ghn_jax.counts import count_parameters
+from ghn_jax.wiring import is_connected
 
 # The generator judges the size of every network at this width, hidden layer and number of classes.
 REFERENCE_WIDTH = 32
 REFERENCE_FC_DIM = 256
 REFERENCE_CLASSES = 10
+# Parameters of a ViT's stem for 224x224 images at that width: 16x16 patches, 14x14 positions. Below
+# an average over positions nothing else grows with the images.
+_LARGE_STEM = REFERENCE_WIDTH * (3 * 16**2 + 14**2)
 
 # Operations without parameters, `none` first; half of the networks reduce with these only.
 _UNLEARNED = OPERATIONS[: OPERATIONS.index("skip_connect") + 1]
@@ -275,11 +279,15 @@ def _sample_candidate(rng: np.random.Generator, rules: Rules) -> Architecture | 
     )
 
 
-def _count_at(arch: Architecture, image_size: int, **changes: int) -> int:
-    changes = {"C": REFERENCE_WIDTH, "fc_dim": REFERENCE_FC_DIM, **changes}
-    return count_parameters(
-        arch.replace(**changes), num_classes=REFERENCE_CLASSES, image_size=image_size
-    )
+def _count_at(arch: Architecture, image_size: int, C: int, fc_dim: int) -> int:
+    if (arch.C, arch.fc_dim) != (C, fc_dim):
+        arch = arch.replace(C=C, fc_dim=fc_dim)
+    return count_parameters(arch, num_classes=REFERENCE_CLASSES, image_size=image_size)
+
+
+def reference_size(arch: Architecture, image_size: int) -> int:
+    """Number of parameters at the width, hidden layer and classes that the generator looks at."""
+    return _count_at(arch, image_size, REFERENCE_WIDTH, REFERENCE_FC_DIM)
 
 
 def is_admissible(arch: Architecture, max_params: int) -> bool:
@@ -287,12 +295,12 @@ def is_admissible(arch: Architecture, max_params: int) -> bool:
 
     The number of parameters counts for both styles of input, 32x32 and 224x224 pixels.
     """
-    if "none" in arch.genotype.operations:
-        try:
-            wire(arch)
-        except DisconnectedError:
-            return False
-    return all(_count_at(arch, image_size) <= max_params for image_size in (32, 224))
+    if not is_connected(arch):
+        return False
+    small = reference_size(arch, 32)
+    if arch.glob_avg and small + _LARGE_STEM <= max_params:
+        return True
+    return max(small, reference_size(arch, 224)) <= max_params
 
 
 # --- Widths ---------------------------------------------------------------------------------------
@@ -324,7 +332,7 @@ def choose_width(
       The architecture with C and fc_dim set.
     """
     if num_params is None:
-        num_params = _count_at(arch, image_size)
+        num_params = reference_size(arch, image_size)
     fc_dim = _pick(rng, fc_dims[:4])
     if (
         num_params > 800_000
@@ -442,7 +450,7 @@ def sample_architecture(
         arch = _sample_candidate(rng, rules)
         if arch is not None and is_admissible(arch, rules.max_params):
             arch = set_width(arch, rules, rng)
-            return arch.replace(C=arch.C * rules.widen)
+            return arch if rules.widen == 1 else arch.replace(C=arch.C * rules.widen)
     raise ValueError(
         f"none of {_MAX_CANDIDATES} candidates satisfies the rules of split {split!r}; allow more "
         f"than max_params={rules.max_params} or other n_cells and nodes: {rules}"

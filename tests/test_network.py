@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ghn_jax.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
+from ghn_jax.counts import count_parameters
 from ghn_jax.graph import build_graph
 from ghn_jax.network import build_network
-from ghn_jax.wiring import DisconnectedError, count_parameters
+from ghn_jax.wiring import DisconnectedError
 
 # One state in the concat, so that cells can do without 1x1 convolutions at their inputs.
 PLAIN = Genotype(

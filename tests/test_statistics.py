@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from ghn_jax.architecture import DARTS, VIT, Architecture
+from ghn_jax.counts import count_parameters
 from ghn_jax.deepnets1m.__main__ import main
 from ghn_jax.deepnets1m.statistics import degree_and_path, statistics, table
 from ghn_jax.graph import build_graph
 from ghn_jax.resnet import resnet50_graph
 from ghn_jax.sampling import sample_architecture
-from ghn_jax.wiring import count_parameters
 
 
 def test_the_published_figures_of_resnet50_and_vit():

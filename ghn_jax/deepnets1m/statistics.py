@@ -10,8 +10,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import shortest_path
 
 from ghn_jax.architecture import Architecture
+from ghn_jax.counts import count_parameters
 from ghn_jax.graph import build_graph
-from ghn_jax.wiring import count_parameters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,9 @@ import numpy as np
 from ghn_jax.executor.branches import branch_of
 from ghn_jax.executor.bucket import UNITS, Bucket, Capacity, Kind
 from ghn_jax.graph import Graph, next_power_of_two
+from ghn_jax.nodes import head_nodes, operation_nodes
 from ghn_jax.parameters import TileKind, tile_kind
-from ghn_jax.wiring import Operation, Wiring, head_nodes, operation_nodes
+from ghn_jax.wiring import Operation, Wiring
 
 KERNELS, VECTORS = 4, 5  # tiles that one instruction can read
 
