@@ -22,6 +22,7 @@ import numpy as np
 
 from ghn_jax.architecture import OPERATIONS, Architecture, Edge, Genotype
 from ghn_jax.counts import count_parameters
+from ghn_jax.evaluation_sets import is_held_out
 from ghn_jax.wiring import is_connected
 
 # The generator judges the size of every network at this width, hidden layer and number of classes.
@@ -431,7 +432,8 @@ def sample_architecture(
 
     Args:
       split: 'train', 'val', 'test', 'wide', 'deep', 'dense', 'bnfree' or 'search'. `wide` holds
-        the networks of `test` with the same seed and index, four times as wide.
+        the networks of `test` with the same seed and index, four times as wide. `train` passes over
+        networks that are in the frozen evaluation sets (`evaluation_sets`).
       seed: names a set of architectures, 0 to 2**32 - 1.
       index: position in that set, 0 to 2**32 - 1.
       rules: other rules than `RULES[split]`.
@@ -448,7 +450,11 @@ def sample_architecture(
     rng = seeded(rules.stream or split, seed, index)
     for _ in range(_MAX_CANDIDATES):
         arch = _sample_candidate(rng, rules)
-        if arch is not None and is_admissible(arch, rules.max_params):
+        if (
+            arch is not None
+            and is_admissible(arch, rules.max_params)
+            and not (split == "train" and is_held_out(arch))
+        ):
             arch = set_width(arch, rules, rng)
             return arch if rules.widen == 1 else arch.replace(C=arch.C * rules.widen)
     raise ValueError(

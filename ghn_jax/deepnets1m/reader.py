@@ -17,9 +17,9 @@ import json
 import operator
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -32,6 +32,8 @@ from ghn_jax.sampling import Rules, rules_of, seeded, set_width
 _IMAGENET_WIDEN = 2
 _LARGE_IMAGES = 96  # pixels; above it, networks have the stems for ImageNet
 
+STORED_PATHS = 250  # longest paths in the files
+
 
 @dataclasses.dataclass(frozen=True)
 class FileGraph:
@@ -43,16 +45,30 @@ class FileGraph:
         primitive's name.
       cells: (N,) int32, the cell that each node is counted to.
       distances: (N, N) uint8, [source, target]: length of the shortest directed path, 1 for a real
-        edge, 0 where there is none of at most 250 edges.
+        edge, 0 where there is none of at most 250 edges (`STORED_PATHS`).
+      extended: N names of primitives as the file has them, 'conv_1x1' among them.
     """
 
     primitives: list[str]
     names: list[str]
     cells: np.ndarray
     distances: np.ndarray
+    extended: list[str]
 
     def __len__(self) -> int:
         return len(self.primitives)
+
+
+class Tables(NamedTuple):
+    """The names that a split's nodes refer to by number.
+
+    Attributes:
+      primitives: names of primitives, 'conv_1x1' among them.
+      names: of parameters, without their cells, and of primitives without parameters.
+    """
+
+    primitives: Sequence[str]
+    names: Sequence[str]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -110,6 +126,11 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def meta_path(path: Path) -> Path:
+    """The meta file that belongs to an HDF5 file."""
+    return path.with_name(path.stem + "_meta.json")
+
+
 def _require_file(path: Path, what: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {what}")
@@ -137,6 +158,10 @@ def _choose_split(split: str | None, file: h5py.File, meta: Mapping[str, Any], p
 class DeepNets1M:
     """A split of an official file: a sequence of architectures, with their stored graphs.
 
+    Attributes:
+      path, split: the HDF5 file and the split in it.
+      tables: the names that the split's nodes refer to.
+
     Safe to read from several threads. Copies in other processes (forked, or sent there by pickling)
     open the file again for themselves.
     """
@@ -158,8 +183,10 @@ class DeepNets1M:
         self._image_size = image_size
         self._nets = meta["nets"]
         tables = meta["meta"]
-        self._primitives = [_table_1_name(n) for n in _table(tables, "primitives_ext", path)]
-        self._op_names = _table(tables, "unique_op_names", path)
+        self.tables = Tables(
+            _table(tables, "primitives_ext", path), _table(tables, "unique_op_names", path)
+        )
+        self._primitives = [_table_1_name(name) for name in self.tables.primitives]
         self._file: h5py.File | None = None
         self._file_pid = -1
         self._lock = threading.Lock()
@@ -192,9 +219,8 @@ class DeepNets1M:
         """
         path = Path(path)
         _require_file(path, "give the path of an official file such as deepnets1m_eval.hdf5")
-        meta_path = path.with_name(path.stem + "_meta.json")
         with _open_hdf5(path) as file:
-            meta = _read_meta(meta_path)
+            meta = _read_meta(meta_path(path))
             split = _choose_split(split, file, meta, path)
             graphs = len(file[split])
         meta = meta[split]
@@ -203,11 +229,11 @@ class DeepNets1M:
             and isinstance(meta.get("nets"), list)
             and all(isinstance(net, dict) for net in meta["nets"])
             and isinstance(meta.get("meta"), dict),
-            f"{meta_path}: split {split!r} has no 'nets' and 'meta'; download it again",
+            f"{meta_path(path)}: split {split!r} has no 'nets' and 'meta'; download it again",
         )
         _require(
             graphs == len(meta["nets"]),
-            f"{path} holds {graphs} graphs of split {split!r} and {meta_path.name} "
+            f"{path} holds {graphs} graphs of split {split!r} and {meta_path(path).name} "
             f"{len(meta['nets'])} networks; the files do not belong together, download both again",
         )
         if rules is None:
@@ -234,7 +260,7 @@ class DeepNets1M:
           IndexError: the index is out of range.
           ValueError: the entry is not an architecture.
         """
-        entry = self._entry(index)
+        entry = self.entry(index)
         try:
             arch = Architecture.from_dict(entry)
         except ValueError as error:
@@ -247,6 +273,20 @@ class DeepNets1M:
             arch = set_width(arch, self._rules, rng, num_params=self._num_params(entry))
         return arch.replace(C=arch.C * self._rules.widen)
 
+    def entry(self, index: int) -> Mapping[str, Any]:
+        """The meta file's entry at an index.
+
+        Raises:
+          IndexError: the index is out of range.
+        """
+        index = operator.index(index)
+        if not 0 <= index < len(self._nets):
+            raise IndexError(
+                f"index {index} is out of range; split {self.split!r} of {self.path} has networks "
+                f"0 to {len(self._nets) - 1}"
+            )
+        return self._nets[index]
+
     def num_nodes(self, index: int) -> int:
         """Number of nodes of a stored graph, from the meta file.
 
@@ -254,7 +294,7 @@ class DeepNets1M:
           IndexError: the index is out of range.
           ValueError: the meta file does not say.
         """
-        nodes = self._entry(index).get("num_nodes")
+        nodes = self.entry(index).get("num_nodes")
         _require(
             isinstance(nodes, int),
             f"{self.path}, split {self.split!r}, network {index}: the meta file has no "
@@ -288,15 +328,16 @@ class DeepNets1M:
         _require(
             n > 0
             and nodes[:, 0].max() < len(self._primitives)
-            and nodes[:, 2].max() < len(self._op_names),
+            and nodes[:, 2].max() < len(self.tables.names),
             f"{where} uses names that the meta file lacks; download both files again",
         )
         primitives = [self._primitives[i] for i in nodes[:, 0]]
         names = [
-            _name(self._op_names[op], primitive, cell)
+            _name(self.tables.names[op], primitive, cell)
             for primitive, (_, cell, op) in zip(primitives, nodes.tolist(), strict=True)
         ]
-        return FileGraph(primitives, names, nodes[:, 1].astype(np.int32), distances)
+        extended = [self.tables.primitives[i] for i in nodes[:, 0]]
+        return FileGraph(primitives, names, nodes[:, 1].astype(np.int32), distances, extended)
 
     def close(self) -> None:
         """Closes the HDF5 file; reading another graph opens it again."""
@@ -304,15 +345,6 @@ class DeepNets1M:
             if self._file is not None and self._file_pid == os.getpid():
                 self._file.close()
             self._file = None
-
-    def _entry(self, index: int) -> Mapping[str, Any]:
-        index = operator.index(index)
-        if not 0 <= index < len(self._nets):
-            raise IndexError(
-                f"index {index} is out of range; split {self.split!r} of {self.path} has networks "
-                f"0 to {len(self._nets) - 1}"
-            )
-        return self._nets[index]
 
     def _num_params(self, entry: Mapping[str, Any]) -> int | None:
         style = "imagenet" if self._image_size > _LARGE_IMAGES else "cifar10"

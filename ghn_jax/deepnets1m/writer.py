@@ -1,0 +1,125 @@
+"""Writer of official DeepNets-1M files: HDF5 with the graphs, JSON with the architectures.
+
+The authors' code reads what is written here, and what is read from an official file is written as
+it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from ghn_jax.architecture import Architecture
+from ghn_jax.deepnets1m.reader import STORED_PATHS, FileGraph, Tables, meta_path
+from ghn_jax.graph import PRIMITIVES, build_graph
+from ghn_jax.sampling import Rules, reference_size
+
+
+def entry_and_graph(arch: Architecture, rules: Rules) -> tuple[dict[str, Any], FileGraph]:
+    """What official files hold for an architecture of a split with some rules.
+
+    Training networks have no width there: it is drawn when they are read. Others have the one they
+    are widened from.
+    """
+    graph = build_graph(arch, STORED_PATHS)
+    primitives = [PRIMITIVES[p] for p in graph.primitives]
+    distances = np.zeros((len(graph), len(graph)), np.uint8)
+    distances[graph.edges[:, 0], graph.edges[:, 1]] = graph.edges[:, 2]
+    extended = [
+        "conv_1x1" if primitive == "conv" and shape[2:] in ((), (1, 1)) else primitive
+        for primitive, shape in zip(primitives, graph.param_shapes, strict=True)
+    ]
+    data = arch.to_dict()
+    keys = ("stem_type", "stem_pool", "norm", "preproc", "fc_layers", "glob_avg", "genotype",
+            "n_cells", "ks", "C_mult", "fc_dim")  # fmt: skip
+    entry = {key: data[key] for key in keys}
+    if rules.min_params is None:
+        entry["fc_dim"] = 256
+    entry["num_nodes"] = len(graph)
+    entry["num_params"] = {
+        style: reference_size(arch, size) for style, size in (("cifar10", 32), ("imagenet", 224))
+    }
+    if rules.min_params is not None:
+        entry["C"] = arch.C // rules.widen
+    return entry, FileGraph(primitives, graph.names, graph.cells, distances, extended)
+
+
+class _Names:
+    """Numbers names in the order in which they come, after those that have numbers already."""
+
+    def __init__(self, known: Sequence[str]):
+        self.numbers = {name: number for number, name in enumerate(known)}
+
+    def __call__(self, name: str) -> int:
+        return self.numbers.setdefault(name, len(self.numbers))
+
+    def table(self) -> dict[str, str]:
+        return {str(number): name for name, number in self.numbers.items()}
+
+
+def _local(name: str) -> str:
+    """A parameter's name without its cell, which is stored beside it."""
+    return name.split(".", 2)[2] if name.startswith("cells.") else name
+
+
+def _write_split(
+    group: h5py.Group, networks: Iterable[tuple[Mapping, FileGraph]], tables: Tables
+) -> dict:
+    primitives, names, entries = _Names(tables.primitives), _Names(tables.names), []
+    for i, (entry, graph) in enumerate(networks):
+        rows = zip(graph.extended, graph.cells.tolist(), graph.names, strict=True)
+        nodes = [(primitives(p), cell, names(_local(name))) for p, cell, name in rows]
+        group.create_dataset(f"{i}/adj", data=graph.distances)
+        group.create_dataset(f"{i}/nodes", data=np.array(nodes, np.uint16))
+        entries.append(dict(entry))
+    return {
+        "nets": entries,
+        "meta": {"primitives_ext": primitives.table(), "unique_op_names": names.table()},
+    }
+
+
+def write_deepnets1m(
+    path: str | os.PathLike[str],
+    splits: Mapping[str, Iterable[tuple[Mapping[str, Any], FileGraph]]],
+    tables: Mapping[str, Tables] | None = None,
+) -> None:
+    """Writes an official HDF5 file and, beside it, its meta file.
+
+    Both appear under their names only when they are complete.
+
+    Args:
+      path: the HDF5 file, such as 'deepnets1m_eval.hdf5'.
+      splits: meta-file entries and graphs of each split's networks, from `entry_and_graph` or from
+        `DeepNets1M.entry` and `.graph`.
+      tables: `DeepNets1M.tables` of splits that are copied, whose names keep their numbers.
+
+    Raises:
+      FileExistsError: one of the files exists.
+    """
+    path = Path(path)
+    targets = (path, meta_path(path))
+    for target in targets:
+        if target.exists():
+            raise FileExistsError(f"{target} exists; remove it or give another name")
+    partial = [target.with_name(target.name + ".partial") for target in targets]
+    try:
+        with h5py.File(partial[0], "w") as file:
+            file.attrs["title"] = "DeepNets-1M"
+            meta = {
+                split: _write_split(
+                    file.create_group(split), networks, (tables or {}).get(split, Tables((), ()))
+                )
+                for split, networks in splits.items()
+            }
+        partial[1].write_text(json.dumps(meta), encoding="utf-8")
+        for source, target in zip(partial, targets, strict=True):
+            source.rename(target)
+    finally:
+        for leftover in partial:
+            leftover.unlink(missing_ok=True)
