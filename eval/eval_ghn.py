@@ -22,6 +22,7 @@ from ghn_jax.checkpoint import load_ghn
 from ghn_jax.compilation import keep_programs
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.evaluation import evaluate_ghn, named_architectures, summary
+from ghn_jax.evaluation_sets import EVALUATION_SIZES, evaluation_set
 from ghn_jax.images import load_images
 from ghn_jax.memory import keep_memory
 from ghn_jax.sampling import SPLITS, sample_architecture
@@ -34,13 +35,14 @@ class EvalConfig:
     ckpt: Path  # folder of a training run, or one written by save_ghn
     dataset: str = "cifar10"  # digits, cifar10 or imagenet2012
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
-    split: str = "test"  # val, test, wide, deep, dense, bnfree; or named: DARTS, PDARTS, ViT
-    num: int = 20  # architectures of the split
+    split: str = "test"  # val, test, wide, deep, dense, bnfree; predefined: ResNet-50 and ViT;
+    # named: DARTS, PDARTS and ViT at a small width
+    num: int = 20  # architectures of the split, from its first
     nets: Path | None = None  # official DeepNets-1M HDF5 to take the split from
     width: int | None = None  # initial channels; default: each architecture's own (named: 32)
     batch_size: int = 64  # images in a batch, whose statistics batch norm uses
     random: bool = False  # evaluate the same networks with random (He) parameters too
-    seed: int = 0  # of the generated architectures
+    seed: int | None = None  # generate the split with this seed; default: the frozen sets
     out: Path | None = None  # JSON file for the records
     cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs are kept here between runs
 
@@ -49,9 +51,14 @@ def architectures(config: EvalConfig, image_size: int):
     """Names and architectures of the split."""
     if config.split == "named":
         return list(named_architectures(config.width or 32).items())[: config.num]
+    if config.split == "predefined":
+        found = evaluation_set("predefined", image_size=image_size)[: config.num]
+        return list(zip(("ResNet-50", "ViT"), found, strict=False))
     if config.nets is not None:
         nets = DeepNets1M.open(config.nets, config.split, image_size=image_size)
         found = [nets[i] for i in range(min(config.num, len(nets)))]
+    elif config.seed is None:
+        found = evaluation_set(config.split, image_size=image_size)[: config.num]
     else:
         found = [sample_architecture(config.split, config.seed, i) for i in range(config.num)]
     if config.width is not None:
@@ -61,9 +68,15 @@ def architectures(config: EvalConfig, image_size: int):
 
 def check(config: EvalConfig) -> None:
     """Raises ValueError for options that cannot work, before any long work."""
-    splits = [*SPLITS, "named"]
+    generated = config.seed is not None
+    splits = [*(SPLITS if generated else EVALUATION_SIZES), "predefined", "named"]
     if config.nets is None and config.split not in splits:
-        raise ValueError(f"--split is {config.split!r}; allowed: {', '.join(splits)}")
+        raise ValueError(
+            f"--split is {config.split!r}; allowed: {', '.join(splits)}"
+            + ("" if generated else "; others are generated with --seed")
+        )
+    if config.split == "predefined" and config.width is not None:
+        raise ValueError("--width is given, but predefined networks have their own")
     for field in ("num", "batch_size"):
         if getattr(config, field) < 1:
             raise ValueError(f"--{field.replace('_', '-')} is {getattr(config, field)}; allowed: "

@@ -31,6 +31,8 @@ OPERATIONS = (
     "cse",
 )
 
+MAX_NODES = 64  # intermediate nodes in a cell; the official files have up to 10
+
 Edge = tuple[str, int]  # (operation, index of the state it reads)
 
 
@@ -39,15 +41,15 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _integer(value: Any, field: str, low: int, high: int | None = None) -> int:
-    allowed = f"at least {low}" if high is None else f"{low} to {high}"
+def _integer(value: Any, field: str, low: int, high: int) -> int:
+    allowed = f"{low} to {high}"
     _require(
         not isinstance(value, bool) and hasattr(value, "__index__"),
         f"architecture field {field!r} is {value!r}; allowed: an integer, {allowed}",
     )
     number = int(value)
     _require(
-        number >= low and (high is None or number <= high),
+        low <= number <= high,
         f"architecture field {field!r} is {number}; allowed: {allowed}",
     )
     return number
@@ -65,9 +67,9 @@ def _cell(edges: Any, concat: Any, which: str) -> tuple[tuple[Edge, ...], tuple[
             f"'{field}_concat' a list of states; given {edges!r} and {concat!r}"
         ) from None
     _require(
-        len(edges) > 0 and len(edges) % 2 == 0,
-        f"architecture field {field!r} has {len(edges)} edges; allowed: two for each node, one "
-        "node or more",
+        0 < len(edges) <= 2 * MAX_NODES and len(edges) % 2 == 0,
+        f"architecture field {field!r} has {len(edges)} edges; allowed: two for each node, 1 to "
+        f"{MAX_NODES} nodes",
     )
     steps = len(edges) // 2
     checked = []
@@ -164,13 +166,13 @@ class Architecture:
             f"architecture field 'genotype' is a {type(self.genotype).__name__}; allowed: Genotype",
         )
         for field, low, high in (
-            ("n_cells", 1, None),
-            ("C", 2, None),
+            ("n_cells", 1, 1000),
+            ("C", 2, 2**16),
             ("C_mult", 1, 2),
             ("ks", 1, 11),
             ("stem_type", 0, 1),
-            ("fc_layers", 0, None),
-            ("fc_dim", 0, None),
+            ("fc_layers", 0, 16),
+            ("fc_dim", 0, 2**16),
         ):
             object.__setattr__(self, field, _integer(getattr(self, field), field, low, high))
         _require(self.ks % 2 == 1, f"architecture field 'ks' is {self.ks}; allowed: odd numbers")

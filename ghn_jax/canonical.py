@@ -1,13 +1,14 @@
 """When two architectures are the same network (paper § 3, § A.2).
 
 The order of a cell's nodes, of a node's two edges and of the states in a concat is arbitrary; nodes
-that nothing reads, `none` edges and options without effect are not part of the network, and a node
-whose only edge is an identity is what it reads. `canonical` removes all of that, exactly: two
-architectures have equal forms if and only if they differ in nothing else.
+that nothing reads, `none` edges and options without effect are not part of the network, and
+identities are what they read. `canonical` removes all of that, exactly: two architectures have
+equal forms if and only if they differ in nothing else.
 """
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -94,11 +95,21 @@ def cell_form(edges: Sequence[Edge], concat: Sequence[int], strided: bool) -> tu
       output, sorted; None stands for all-zero ones.
     """
     nodes, output = _nodes(edges, concat, strided)
-    needed = {state for state in output if state is not None}
+    readers = collections.Counter(output)
     for state in range(len(nodes) - 1, 1, -1):
-        if state in needed:
-            needed.update(source for _, source in nodes[state])
-    live = sorted(needed - {0, 1})
+        if readers[state]:
+            readers.update(source for _, source in nodes[state])
+    live = [state for state in range(2, len(nodes)) if readers[state]]
+    for state in live:
+        # Adding a state of one operation, read here only, is having that operation here.
+        nodes[state] = [
+            nodes[s][0]
+            if kind == "skip_connect" and s > 1 and len(nodes[s]) == readers[s] == 1
+            else (kind, s)
+            for kind, s in nodes[state]
+        ]
+    read = {source for state in live for _, source in nodes[state]}.union(output)
+    live = [state for state in live if state in read]
     colours = _refine(nodes, live, output) if len(live) > 1 else {}
 
     # Nodes with the same edges and readers are interchangeable: one order of them will do.

@@ -17,9 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghn_jax.architecture import DARTS, PDARTS, VIT, Architecture
+from ghn_jax.evaluation_sets import RESNET50
 from ghn_jax.ghn import GHN
+from ghn_jax.graph import Graph
 from ghn_jax.images import Images, eval_batches
 from ghn_jax.network import build_network
+from ghn_jax.resnet import ResNet50, resnet50_graph
 
 
 class Accuracy(NamedTuple):
@@ -113,10 +116,21 @@ def named_architectures(width: int, n_cells: int = 8) -> dict[str, Architecture]
     }
 
 
+def graph_and_network(
+    ghn: GHN, arch: Architecture | str, image_size: int
+) -> tuple[Graph, nn.Module]:
+    """The graph and the Flax module of an architecture, or of 'resnet50'."""
+    if arch == RESNET50:
+        options = {"num_classes": ghn.num_classes, "image_size": image_size}
+        return resnet50_graph(ghn.virtual_edges, **options), ResNet50(**options)
+    graph = ghn.graph(arch, image_size=image_size)
+    return graph, build_network(arch, ghn.num_classes, image_size)
+
+
 def evaluate_ghn(
     ghn: GHN,
     variables,
-    architectures: Iterable[tuple[str, Architecture]],
+    architectures: Iterable[tuple[str, Architecture | str]],
     images: Images,
     *,
     batch_size: int = 64,
@@ -127,7 +141,7 @@ def evaluate_ghn(
 
     Args:
       ghn, variables: the hypernetwork.
-      architectures: names and architectures.
+      architectures: names and architectures, or 'resnet50'.
       images: the images to evaluate on.
       batch_size: images in a batch.
       compare_random: evaluate the same networks with random (He) parameters too.
@@ -140,10 +154,10 @@ def evaluate_ghn(
     records = []
     for name, arch in architectures:
         start = time.perf_counter()
-        params = ghn.predict(variables, arch, ghn.num_classes, images.image_size)
+        graph, network = graph_and_network(ghn, arch, images.image_size)
+        params = ghn.predict(variables, graph, ghn.num_classes, images.image_size)
         jax.block_until_ready(params)
         predict_seconds = time.perf_counter() - start
-        network = build_network(arch, ghn.num_classes, images.image_size)
         candidates = [params]
         if compare_random:
             candidates.append(random_parameters(network, images.image_size, seed=len(records)))
@@ -158,7 +172,7 @@ def evaluate_ghn(
             "parameters": sum(p.size for p in jax.tree.leaves(params)),
             "predict_seconds": round(predict_seconds, 3),
             "evaluate_seconds": round(accuracy.seconds, 3),
-            "architecture": arch.to_dict(),
+            "architecture": arch if arch == RESNET50 else arch.to_dict(),
         }
         if random:
             record["top1_random"] = random[0].top1

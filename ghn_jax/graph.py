@@ -38,6 +38,8 @@ PRIMITIVES = (
 PRIMITIVE_ID = {name: i for i, name in enumerate(PRIMITIVES)}
 PADDING_ID = len(PRIMITIVES)  # the embedding's dummy row (B.2.1)
 
+MAX_NODES = 10_000  # of one graph; the largest of the official files have some thousand
+
 # Nodes that one step of the GatedGNN's sweep updates at once, at most (see `_schedule`).
 SWEEP_WIDTH = 16
 
@@ -214,11 +216,16 @@ def build_graph(
 
     Raises:
       DisconnectedError: no path leads from the images to the logits.
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range, or the graph has more than 10,000 nodes.
     """
     if virtual_edges < 1:
         raise ValueError(f"virtual_edges is {virtual_edges}; allowed: 1 (real edges only) or more")
     rows = _GraphBuilder(wire(arch, num_classes=num_classes, image_size=image_size)).build()
+    if len(rows) > MAX_NODES:
+        raise ValueError(
+            f"the architecture's graph has {len(rows)} nodes; allowed: up to {MAX_NODES}, as the "
+            "paths between all of them are listed; use fewer cells or operations"
+        )
     primitives, names, shapes, cells, sources = zip(*rows, strict=True)
     if sorted(cells) != list(cells):
         # Cells contiguous, as in the official files.

@@ -29,13 +29,14 @@ from ghn_jax.architecture import Architecture
 from ghn_jax.compilation import executor_options
 from ghn_jax.counts import count_parameters
 from ghn_jax.deepnets1m import DeepNets1M
+from ghn_jax.evaluation import graph_and_network
+from ghn_jax.evaluation_sets import RESNET50
 from ghn_jax.executor.run import execute
 from ghn_jax.executor.tiles import decode_tiles
 from ghn_jax.ghn import GHN
 from ghn_jax.graph import PRIMITIVES, Graph, build_graph
 from ghn_jax.metabatch import make_meta_batch
 from ghn_jax.network import build_network
-from ghn_jax.resnet import ResNet50, resnet50_graph
 from ghn_jax.torch_ghn import load_torch_ghn, to_torch_tensors
 from ghn_jax.torch_network import to_torch
 
@@ -127,12 +128,9 @@ def _labels(primitives, shapes) -> list[tuple]:
 def _network(net: Mapping, ghn: GHN) -> tuple[Graph, nn.Module]:
     """The graph and the Flax module of an entry of `index.json`."""
     name = net.get("torchvision")
-    if name is None:
-        arch = Architecture.from_dict(net)
-        return ghn.graph(arch), build_network(arch, ghn.num_classes)
-    if name != "resnet50":
-        raise ValueError(f"no network {name!r} here; known are resnet50 and the design space")
-    return resnet50_graph(ghn.virtual_edges, num_classes=ghn.num_classes), ResNet50(ghn.num_classes)
+    if name not in (None, RESNET50):
+        raise ValueError(f"no network {name!r} here; known are {RESNET50} and the design space")
+    return graph_and_network(ghn, name or Architecture.from_dict(net), image_size=32)
 
 
 def _digest_error(ours: np.ndarray, digest: np.ndarray, head: np.ndarray) -> float:

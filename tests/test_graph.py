@@ -13,6 +13,8 @@ from ghn_jax.wiring import DisconnectedError
 
 SAMPLES = [
     *(sample_architecture("train", 1, i) for i in range(12)),
+    # Without convolutions at their inputs, cells join what they read in the middle of the next.
+    *(sample_architecture("train", 1, i) for i in (23, 124)),
     *(sample_architecture(split, 1, i) for split in ("deep", "dense", "bnfree") for i in range(2)),
 ]
 GRAPHS = [build_graph(arch) for arch in SAMPLES]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from contextlib import closing
 from pathlib import Path
 
 import jax
+import numpy as np
 import tyro
 from tqdm import tqdm
 
@@ -61,11 +63,14 @@ def architecture_source(config: TrainConfig, image_size: int) -> Callable[[int],
         config.nets, "train", image_size=image_size, rules=rules, seed=config.seed
     )
 
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return seeded("order of nets", config.seed, epoch).permutation(len(nets))
+
     def from_file(position: int) -> Architecture:
         # Every pass over the file in an order and with widths of its own.
         epoch, place = divmod(position, len(nets))
-        order = seeded("order of nets", config.seed, epoch).permutation(len(nets))
-        return nets.architecture(int(order[place]), seed=config.seed + epoch)
+        return nets.architecture(int(order(epoch)[place]), seed=config.seed + epoch)
 
     return from_file
 

@@ -3,10 +3,13 @@
 python -m ghn_jax.deepnets1m stats --splits test deep --num 100
 python -m ghn_jax.deepnets1m stats --splits test --nets deepnets1m_eval.hdf5
 python -m ghn_jax.deepnets1m export --kind train --num 1000 --out DIR
+python -m ghn_jax.deepnets1m unique --num 1000000
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 from typing import Literal
@@ -14,12 +17,34 @@ from typing import Literal
 import tyro
 from tqdm import tqdm, trange
 
+from ghn_jax.architecture import Architecture
+from ghn_jax.canonical import canonical
+from ghn_jax.deepnets1m.distance import hungarian_distance
+from ghn_jax.deepnets1m.figures import draw_examples, draw_statistics
 from ghn_jax.deepnets1m.freeze import generate
 from ghn_jax.deepnets1m.reader import DeepNets1M, meta_path
 from ghn_jax.deepnets1m.statistics import statistics, table
 from ghn_jax.deepnets1m.writer import entry_and_graph, write_deepnets1m
 from ghn_jax.evaluation_sets import EVALUATION_SIZES, evaluation_set, pack
+from ghn_jax.graph import build_graph
 from ghn_jax.sampling import SPLITS, rules_of, sample_architecture
+
+_DRAWN = 40  # graphs of each split whose distances are drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Generated architectures, as a sequence."""
+
+    split: str
+    seed: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Architecture:
+        return sample_architecture(self.split, self.seed, index)
 
 
 def _check_number(num: int | None) -> None:
@@ -31,31 +56,50 @@ def stats(
     splits: tuple[str, ...] = tuple(SPLITS),
     num: int | None = None,
     nets: Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
+    figures: Path | None = None,
 ) -> None:
-    """Prints Table 1's rows for generated or official architectures.
+    """Prints Table 1's rows for evaluation sets, generated or official architectures.
 
     Args:
       splits: one column for each.
-      num: architectures of each split; default: 500, or all of an official file.
-      nets: official HDF5 file to take them from, in place of generating them.
-      seed: of the generated architectures.
+      num: architectures of each split; default: all of an evaluation set or an official file, 1,000
+        of what is generated.
+      nets: official HDF5 file to take them from.
+      seed: generate the architectures of every split with this seed; by default only train and
+        search are generated (with 0), and the others are the frozen evaluation sets.
+      figures: folder for pictures like the paper's Fig. 6 and Fig. 7.
     """
     _check_number(num)
     unknown = [split for split in splits if split not in SPLITS]
     if unknown and nets is None:
         raise ValueError(f"--splits has {unknown[0]!r}; allowed: {', '.join(SPLITS)}")
-    columns = {}
+    if figures is not None and not figures.is_dir():
+        raise ValueError(f"--figures is {figures}, which is not a folder; make it first")
+    columns, some = {}, {}
     for split in splits:
-        if nets is None:
-            count = num or 500
-            architectures = (sample_architecture(split, seed, i) for i in range(count))
+        if nets is not None:
+            found = DeepNets1M.open(nets, split)
+        elif seed is None and split in EVALUATION_SIZES:
+            found = evaluation_set(split)
         else:
-            file = DeepNets1M.open(nets, split)
-            count = min(num or len(file), len(file))
-            architectures = (file[i] for i in range(count))
+            found = Generated(split, seed or 0, num or 1000)
+        count = min(num or len(found), len(found))
+        architectures = (found[i] for i in range(count))
         columns[split] = statistics(tqdm(architectures, desc=split, total=count, leave=False))
+        some[split] = [build_graph(found[i], 1) for i in range(min(count, _DRAWN))]
     print(table(columns))
+    if figures is None:
+        return
+    train = [build_graph(sample_architecture("train", seed or 0, i), 1) for i in range(_DRAWN)]
+    distances = {
+        split: [hungarian_distance(a, b) for a in tqdm(graphs, desc="distances") for b in train]
+        for split, graphs in some.items()
+        if split != "train"
+    }
+    draw_statistics(columns, figures / "statistics.png", distances=distances)
+    draw_examples({split: graphs[:3] for split, graphs in some.items()}, figures / "examples.png")
+    print(f"drew {figures / 'statistics.png'} and {figures / 'examples.png'}")
 
 
 def export(
@@ -103,6 +147,27 @@ def export(
     print(f"wrote {path} and {meta_path(path).name}: {sum(sizes.values()):,} networks")
 
 
+def unique(split: str = "train", num: int = 1_000_000, seed: int = 0) -> None:
+    """Generates architectures and counts how many are the same network (Appendix A.2).
+
+    Args:
+      split: whose architectures.
+      num: how many; a million take some five minutes.
+      seed: of the architectures.
+    """
+    _check_number(num)
+    rules_of(split)
+    seen: set[bytes] = set()
+    for i in trange(num, unit="network"):
+        form = canonical(sample_architecture(split, seed, i))
+        seen.add(hashlib.blake2b(repr(form).encode(), digest_size=16).digest())
+    repeats = num - len(seen)
+    print(
+        f"{num:,} architectures of {split}: {len(seen):,} different networks (widths apart), "
+        f"{repeats:,} ({repeats / num:.3%}) repeat one"
+    )
+
+
 def freeze(out: Path, seed: int = 0) -> None:
     """Generates the evaluation sets and writes them as the file that the package keeps.
 
@@ -116,7 +181,9 @@ def freeze(out: Path, seed: int = 0) -> None:
 def main(arguments: list[str]) -> None:
     """Entry point."""
     tyro.extras.subcommand_cli_from_dict(
-        {"stats": stats, "export": export, "freeze": freeze}, args=arguments, description=__doc__
+        {"stats": stats, "export": export, "unique": unique, "freeze": freeze},
+        args=arguments,
+        description=__doc__,
     )
 
 

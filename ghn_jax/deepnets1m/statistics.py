@@ -1,4 +1,4 @@
-"""Statistics of architectures and their graphs: the rows of Table 1."""
+"""Statistics of architectures and their graphs: the rows of Table 1 and what Fig. 6 shows."""
 
 from __future__ import annotations
 
@@ -11,44 +11,33 @@ from scipy.sparse.csgraph import shortest_path
 
 from ghn_jax.architecture import Architecture
 from ghn_jax.counts import count_parameters
-from ghn_jax.graph import build_graph
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """A quantity over the architectures of a split."""
-
-    low: float
-    high: float
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        """The spread of one value or more."""
-        return cls(min(values), max(values), float(np.mean(values)), float(np.std(values)))
+from ghn_jax.graph import PRIMITIVES, build_graph
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """A column of Table 1.
+    """Of K architectures, a column of Table 1.
 
     Attributes:
-      graphs: number of architectures.
-      cells, channels, nodes: of each architecture; `channels` is its C.
-      without_norm: fraction of the architectures without batch norm.
-      millions: of parameters, for 32x32 images and 10 classes.
-      degree, path: average degree and shortest path of each graph, of real edges without direction.
+      cells, channels, nodes, parameters: (K,) int; channels are their C, parameters those for 32x32
+        images and 10 classes.
+      without_norm: (K,) bool, whether an architecture has no batch norm.
+      degree, path: (K,) average degree and shortest path of each graph, of real edges without
+        direction.
+      primitives: (K, 15) int, nodes of each primitive.
     """
 
-    graphs: int
-    cells: Spread
-    channels: Spread
-    nodes: Spread
-    without_norm: float
-    millions: Spread
-    degree: Spread
-    path: Spread
+    cells: np.ndarray
+    channels: np.ndarray
+    nodes: np.ndarray
+    parameters: np.ndarray
+    without_norm: np.ndarray
+    degree: np.ndarray
+    path: np.ndarray
+    primitives: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.cells)
 
 
 def degree_and_path(edges: np.ndarray, n_node: int) -> tuple[float, float]:
@@ -70,40 +59,35 @@ def statistics(architectures: Iterable[Architecture]) -> Statistics:
     Raises:
       ValueError: there is none.
     """
-    columns: dict[str, list] = {
-        k: [] for k in ("cells", "channels", "nodes", "norm", "millions", "degree", "path")
-    }
+    rows = []
     for arch in architectures:
         graph = build_graph(arch, virtual_edges=1)
         degree, path = degree_and_path(graph.edges, len(graph))
-        values = (arch.n_cells, arch.C, len(graph), arch.norm is None,
-                  count_parameters(arch) / 1e6, degree, path)  # fmt: skip
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-    if not columns["nodes"]:
+        primitives = np.bincount(graph.primitives, minlength=len(PRIMITIVES))
+        rows.append((arch.n_cells, arch.C, len(graph), count_parameters(arch), arch.norm is None,
+                     degree, path, primitives))  # fmt: skip
+    if not rows:
         raise ValueError("statistics was given no architectures; give one or more")
-    without_norm = float(np.mean(columns.pop("norm")))
-    spreads = {name: Spread.of(values) for name, values in columns.items()}
-    return Statistics(len(columns["nodes"]), without_norm=without_norm, **spreads)
+    return Statistics(*map(np.array, zip(*rows, strict=True)))
 
 
 def table(columns: dict[str, Statistics]) -> str:
     """Table 1 as text: a column for each split."""
 
-    def whole(s: Spread) -> str:
-        return f"{s.low:.0f}-{s.high:.0f}"
+    def whole(v: np.ndarray) -> str:
+        return f"{v.min()}-{v.max()}"
 
-    def spread(s: Spread) -> str:
-        return f"{s.mean:.1f}±{s.std:.1f}"
+    def spread(v: np.ndarray) -> str:
+        return f"{v.mean():.1f}±{v.std():.1f}"
 
     rows = {
-        "graphs": lambda c: str(c.graphs),
+        "graphs": lambda c: f"{len(c):,}",
         "cells": lambda c: whole(c.cells),
         "channels": lambda c: whole(c.channels),
         "nodes": lambda c: whole(c.nodes),
         "nodes, mean": lambda c: spread(c.nodes),
-        "without BN": lambda c: f"{c.without_norm:.1%}",
-        "params (M)": lambda c: f"{c.millions.low:.2f}-{c.millions.high:.1f}",
+        "without BN": lambda c: f"{c.without_norm.mean():.1%}",
+        "params (M)": lambda c: f"{c.parameters.min() / 1e6:.2f}-{c.parameters.max() / 1e6:.1f}",
         "avg degree": lambda c: spread(c.degree),
         "avg path": lambda c: spread(c.path),
     }
