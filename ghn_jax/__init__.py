@@ -1,7 +1,7 @@
 """Graph HyperNetworks in JAX: parameter prediction for unseen deep architectures.
 
 ghn, variables = ghn_jax.load_ghn("runs/x")
-arch = ghn_jax.sample_architecture("test", seed=0, index=7)
+arch = ghn_jax.evaluation_set("test")[7]
 params = ghn.predict(variables, arch)
 logits = ghn_jax.build_network(arch).apply({"params": params}, images)
 """
@@ -9,6 +9,7 @@ logits = ghn_jax.build_network(arch).apply({"params": params}, images)
 from ghn_jax.architecture import DARTS, PDARTS, VIT, Architecture, Genotype
 from ghn_jax.checkpoint import load_ghn, save_ghn
 from ghn_jax.counts import count_flops, count_parameters
+from ghn_jax.evaluation_sets import evaluation_set
 from ghn_jax.ghn import GHN, ghn1, mlp_baseline
 from ghn_jax.graph import PRIMITIVES, Graph, build_graph, pad_graphs
 from ghn_jax.network import build_network
@@ -34,6 +35,7 @@ __all__ = [
     "build_network",
     "count_flops",
     "count_parameters",
+    "evaluation_set",
     "from_torch",
     "ghn1",
     "load_ghn",

@@ -1,0 +1,73 @@
+"""The authors' training update (facebookresearch/ppuda), timed for `train_step.py`.
+
+Run by that script: reads one JSON line for each meta-batch, {"indices": [...], "C": [...],
+"fc_dim": [...]}, and answers with one, {"seconds": ..., "loss": ..., "memory_mb": ...}.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def _import_torchvision() -> None:
+    """Its networks import without its compiled part, of which there is none for every torch."""
+    register = torch.library.register_fake
+
+    def register_known(name, *args, **options):
+        if isinstance(name, str) and name.startswith("torchvision::"):
+            return lambda function: function
+        return register(name, *args, **options)
+
+    torch.library.register_fake = register_known
+
+
+def main(code: str, nets: str, batch_size: int) -> None:
+    """Answers meta-batches until the input ends."""
+    sys.path.insert(0, code)
+    _import_torchvision()
+    from ppuda.deepnets1m.graph import GraphBatch
+    from ppuda.deepnets1m.loader import DeepNets1M
+    from ppuda.deepnets1m.net import Network
+    from ppuda.ghn.nn import GHN
+    from ppuda.utils import Trainer
+
+    torch.manual_seed(0)
+    ghn = GHN(max_shape=(64, 64, 11, 11), num_classes=10, hypernet="gatedgnn", decoder="conv",
+              weight_norm=True, ve=True, layernorm=True, hid=32)  # fmt: skip
+    optimizer = torch.optim.Adam(ghn.parameters(), 1e-3, weight_decay=1e-5)
+    trainer = Trainer(optimizer, 10, False, n_batches=10**9, grad_clip=5, device="cpu",
+                      log_interval=10**9)  # fmt: skip
+    ghn.train()
+    graphs = DeepNets1M(nets_dir=str(Path(nets).parent), split="train", virtual_edges=50)
+    images = torch.randn(batch_size, 3, 32, 32)
+    labels = torch.randint(0, 10, (batch_size,))
+    print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        start = time.perf_counter()
+        batch = []
+        for index, C, fc_dim in zip(*(request[k] for k in ("indices", "C", "fc_dim")), strict=True):
+            graph = graphs[index]
+            graph.net_args.update(C=C, fc_dim=fc_dim)
+            batch.append(graph)
+        networks = [
+            Network(is_imagenet_input=False, num_classes=10, light=True, **graph.net_args)
+            for graph in batch
+        ]
+        loss = trainer.update(networks, images, labels, ghn=ghn, graphs=GraphBatch(batch))
+        answer = {
+            "seconds": time.perf_counter() - start,
+            "loss": loss.item(),
+            "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,167 @@
+"""One training update, ours beside the authors', on the same meta-batches in the same order.
+
+    python bench/train_step.py                                  # ours alone
+    python bench/train_step.py --reference PATH/TO/ppuda        # with the authors' code (PyTorch)
+
+GHN-2, meta-batch 8, batch 64, 32x32 images, float32. Each meta-batch is run once for warm-up, which
+is when programs are compiled, then timed here, then there: what else the machine does meets both.
+The authors' code needs torch, torchvision and networkx.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from ghn_jax.compilation import CompilationCounter, keep_programs
+from ghn_jax.deepnets1m import DeepNets1M
+from ghn_jax.deepnets1m.__main__ import export
+from ghn_jax.memory import keep_memory
+from ghn_jax.metabatch import make_meta_batch
+from ghn_jax.metastep import MetaStep
+from ghn_jax.presets import preset
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    updates: int = 20  # meta-batches
+    reference: Path | None = None  # the authors' code, a checkout of facebookresearch/ppuda
+    nets: Path | None = None  # official training file; default: one of generated networks
+    seed: int = 0  # of the networks, their widths and the images
+    cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs
+    pause: float = 0.3  # seconds before each timing, for the other's threads to stop spinning
+
+
+class Reference:
+    """The authors' code in a process of its own."""
+
+    def __init__(self, code: Path, nets: Path, batch_size: int):
+        script = Path(__file__).with_name("reference_step.py")
+        command = [sys.executable, str(script), str(code), str(nets), str(batch_size)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        while not (line := self.process.stdout.readline()).startswith("{"):
+            if not line:
+                raise ValueError(f"the code in {code} did not start; its error is above")
+        self.about = json.loads(line)
+
+    def __call__(self, indices, architectures) -> dict:
+        """Seconds, loss and memory of one meta-batch."""
+        request = {"indices": indices, "C": [a.C for a in architectures],
+                   "fc_dim": [a.fc_dim for a in architectures]}  # fmt: skip
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def meta_batches(nets: DeepNets1M, config, updates: int) -> list[list[int]]:
+    """Indices of the file's networks, in its order; those with too many nodes are passed over."""
+    size = config.meta_batch
+    batches = [list(range(i, i + size)) for i in range(0, len(nets) - size + 1, size)]
+    fit = [b for b in batches if sum(map(nets.num_nodes, b)) <= config.max_nodes]
+    if len(fit) < updates:
+        raise ValueError(f"the file has {len(fit)} meta-batches, --updates is {updates}")
+    return fit[:updates]
+
+
+def main(options: Options) -> None:
+    """Prints a table and a JSON line."""
+    keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", options.cache_dir))
+    keep_memory()
+    config = preset("ghn2")
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.nets
+        if path is None:
+            num = options.updates * config.meta_batch * 2
+            export("train", Path(folder), num=num, seed=options.seed)
+            path = Path(folder) / "deepnets1m_train.hdf5"
+        nets = DeepNets1M.open(path, "train", seed=options.seed)
+        run(options, config, nets, path)
+
+
+def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
+    """Times every meta-batch."""
+    ghn = config.ghn(10, 32)
+    step = MetaStep(ghn, config.optimizer(1000), seed=0)
+    state = step.init(0)
+    rng = np.random.default_rng(options.seed)
+    images = rng.standard_normal((config.batch_size, 32, 32, 3), np.float32)
+    labels = rng.integers(0, 10, config.batch_size).astype(np.int32)
+    reference = options.reference and Reference(options.reference, path, config.batch_size)
+    counter = CompilationCounter()
+    rows = []
+    for indices in tqdm(meta_batches(nets, config, options.updates), unit="meta-batch"):
+        architectures = [nets[i] for i in indices]
+        prepared = time.perf_counter()
+        batch = make_meta_batch(ghn, architectures, image_size=32, n_groups=config.workers,
+                                graph_nodes=config.graph_nodes)  # fmt: skip
+        prepared = time.perf_counter() - prepared
+        first = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, batch, images, labels))
+        first = time.perf_counter() - first
+        time.sleep(options.pause)
+        start = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, batch, images, labels))
+        row = {"nodes": batch.nodes, "ours": time.perf_counter() - start, "first": first,
+               "prepare": prepared, "programs": counter.count}  # fmt: skip
+        if reference:
+            time.sleep(options.pause)
+            row["theirs"] = reference(indices, architectures)["seconds"]
+        rows.append(row)
+        tqdm.write("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}"
+                             for k, v in row.items()))  # fmt: skip
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    result = {
+        "benchmark": "train_step",
+        "updates": len(rows),
+        "seconds": round(statistics.median(r["ours"] for r in rows), 2),
+        "slowest": round(max(r["ours"] for r in rows), 2),
+        "prepare_seconds": round(statistics.median(r["prepare"] for r in rows), 3),
+        "programs": counter.count,
+        "compile_seconds": round(counter.seconds),
+        "memory_mb": round(memory),
+    }
+    print(
+        f"{'seconds an update, median and slowest':<44}{result['seconds']:>8}{result['slowest']:>8}"
+    )
+    if reference:
+        ratios = [r["theirs"] / r["ours"] for r in rows]
+        theirs = statistics.median(r["theirs"] for r in rows)
+        result |= {
+            "reference_seconds": round(theirs, 2),
+            "ratio_of_medians": round(theirs / result["seconds"], 2),
+            "worst_ratio": round(min(ratios), 2),
+            "reference": reference.about,
+        }
+        print(f"{'the same, code of the authors':<44}{theirs:>8.2f}"
+              f"{max(r['theirs'] for r in rows):>8.2f}")  # fmt: skip
+        print(f"{'times as fast, by medians and at worst':<44}{result['ratio_of_medians']:>8}"
+              f"{result['worst_ratio']:>8}")  # fmt: skip
+    print(
+        f"{'programs compiled, seconds':<44}{result['programs']:>8}{result['compile_seconds']:>8}"
+    )
+    print(f"{'most memory, MB':<44}{result['memory_mb']:>8}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_step.py: {error}")
