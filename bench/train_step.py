@@ -122,6 +122,7 @@ def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
                "prepare": prepared, "programs": counter.count}  # fmt: skip
         if reference:
             time.sleep(options.pause)
+            reference(indices, architectures)  # warm-up, as ours
             row["theirs"] = reference(indices, architectures)["seconds"]
         rows.append(row)
         tqdm.write("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}"

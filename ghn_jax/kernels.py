@@ -20,9 +20,17 @@ from jax import lax
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
-def _convolve(x, w, strides, padding, lhs_dilation=(1, 1), rhs_dilation=(1, 1)):
+def _convolve(x, w, strides, padding, rhs_dilation=(1, 1)):
+    if x.shape[-1] == 3 and w.shape[-1] == 32:
+        # Three times as fast on CPUs with four channels (64 32x32 images: 15 ms, then 5).
+        x, w = jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)), jnp.pad(w, ((0, 0),) * 2 + ((0, 1), (0, 0)))
+    if any(k > n for k, n in zip(w.shape[:2], x.shape[1:3], strict=True)):
+        # XLA's CPU backend has only a naive loop for kernels larger than the images.
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
+        x = lax.optimization_barrier(x)
+        padding = [(0, 0), (0, 0)]
     return lax.conv_general_dilated(
-        x, w, strides, padding, lhs_dilation, rhs_dilation, dimension_numbers=_NUMBERS
+        x, w, strides, padding, rhs_dilation=rhs_dilation, dimension_numbers=_NUMBERS
     )
 
 
@@ -36,18 +44,59 @@ def _conv_forward(x, w, strides):
     return conv(x, w, strides), (x, w)
 
 
+def _input_gradient(g, w, sizes, strides):
+    """The gradient of `conv` with respect to its input, of some (height, width).
+
+    With a stride of 2 every second pixel meets every second row of the kernel: four convolutions
+    with a quarter of the kernel each, not one in which three of four products are with zeros.
+    """
+    flipped = w[::-1, ::-1].transpose(0, 1, 3, 2)
+    phases = []  # of each axis: rows of the flipped kernel, padding
+    for size, out, k, stride in zip(sizes, g.shape[1:3], w.shape[:2], strides, strict=True):
+        axis = []
+        for phase in range(stride):
+            first = (phase + k // 2) % stride  # of the kernel's rows that these pixels meet
+            count = len(range(first, k, stride))
+            shift = (phase + k // 2 - first) // stride
+            pixels = len(range(phase, size, stride))
+            rows = slice((k - 1 - first) % stride, None, stride) if count else slice(0)
+            axis.append((rows, (count - 1 - shift, pixels + shift - out), pixels))
+        phases.append(axis)
+
+    def part(vertical, horizontal):
+        (r, pad_r, height), (c, pad_c, width) = vertical, horizontal
+        kernel = flipped[r, c]
+        if kernel.size and height and width:
+            return _convolve(g, kernel, (1, 1), [pad_r, pad_c])
+        return jnp.zeros((len(g), height, width, kernel.shape[-1]), g.dtype)
+
+    return _interleave([[part(v, h) for h in phases[1]] for v in phases[0]], sizes)
+
+
+def _interleave(parts, sizes):
+    """(B, H, W, C) from the pixels of each phase, parts[i][j] those at rows i and columns j."""
+    if len(parts) == len(parts[0]) == 1:
+        return parts[0][0]
+    height, width = (max(p.shape[axis] for row in parts for p in row) for axis in (1, 2))
+    whole = [
+        [
+            jnp.pad(p, ((0, 0), (0, height - p.shape[1]), (0, width - p.shape[2]), (0, 0)))
+            for p in row
+        ]
+        for row in parts
+    ]
+    x = jnp.stack([jnp.stack(row, axis=3) for row in whole], axis=2)
+    b, h, i, w, j, c = x.shape
+    return x.reshape(b, h * i, w * j, c)[:, : sizes[0], : sizes[1]]
+
+
 def _conv_backward(strides, residuals, g):
     x, w = residuals
-    sizes = zip(x.shape[1:3], g.shape[1:3], w.shape[:2], strides, strict=True)
-    pads_x, pads_w = [], []
-    for size, out, k, stride in sizes:
-        pad = k // 2
+    pads_w = []
+    for size, out, k, stride in zip(x.shape[1:3], g.shape[1:3], w.shape[:2], strides, strict=True):
         spread = (out - 1) * stride + 1  # the cotangent with zeros between its pixels
-        low = k - 1 - pad
-        pads_x.append((low, size + k - 1 - spread - low))
-        pads_w.append((pad, spread + k - 1 - size - pad))
-    flipped = w[::-1, ::-1].transpose(0, 1, 3, 2)
-    dx = _convolve(g, flipped, (1, 1), pads_x, lhs_dilation=strides)
+        pads_w.append((k // 2, spread + k - 1 - size - k // 2))
+    dx = _input_gradient(g, w, x.shape[1:3], strides)
     # Images as channels, input channels as images, the cotangent as a kernel of its own size.
     dw = _convolve(
         x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), (1, 1), pads_w, rhs_dilation=strides
