@@ -209,19 +209,50 @@ def _batch_norm_backward(residuals, g):
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
-def _max_windows(x, stride):
-    height, width = (-(-n // stride) for n in x.shape[1:3])
-    padded = _pad(x, 1, -jnp.inf)
-    return [_window(padded, i, j, height, width, stride) for i, j, _, _ in _shifts(3, 1)]
+def _each_image(function, *arrays):
+    """Maps over images: one at a time on CPUs, where one image's intermediates fit the cache."""
+    if jax.default_backend() == "cpu":
+        return lax.map(lambda x: function(*x), arrays)
+    return jax.vmap(function)(*arrays)
+
+
+def _max_windows(x, axis, stride):
+    """What the three positions of a window see along one axis, padded by one: (..., n / s, ...)."""
+    size = x.shape[axis]
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (1, 1)
+    padded = jnp.pad(x, pads, constant_values=-jnp.inf)
+    last = (-(-size // stride) - 1) * stride + 1
+    return [lax.slice_in_dim(padded, k, k + last, stride, axis) for k in range(3)]
+
+
+def _max_along(x, axis, stride):
+    return functools.reduce(jnp.maximum, _max_windows(x, axis, stride))
+
+
+def _max_along_backward(x, g, axis, stride):
+    """The gradient of `_max_along`: to the first of equal values."""
+    first, second, third = _max_windows(x, axis, stride)
+    is_first = (first >= second) & (first >= third)
+    is_second = ~is_first & (second >= third)
+    size = x.shape[axis]
+    total = 0.0
+    for position, chosen in enumerate((is_first, is_second, ~is_first & ~is_second)):
+        spread = (g.shape[axis] - 1) * stride + 1
+        pads = [(0, 0, 0)] * x.ndim
+        pads[axis] = (position - 1, size - spread - position + 1, stride - 1)
+        total += lax.pad(jnp.where(chosen, g, 0.0), jnp.zeros((), g.dtype), pads)
+    return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(x: jax.Array, stride: int) -> jax.Array:
     """3x3 max-pooling (B, H, W, C) -> (B, ceil(H / s), ceil(W / s), C), padded by one.
 
-    Of equal values the first in reading order gets the gradient, as in PyTorch and Flax.
+    Along rows, then along columns: of equal values the first in reading order gets the gradient, as
+    in PyTorch and Flax, and the gradient has two times three terms, not nine.
     """
-    return functools.reduce(jnp.maximum, _max_windows(x, stride))
+    return _max_along(_max_along(x, 2, stride), 1, stride)
 
 
 def _max_pool_forward(x, stride):
@@ -229,17 +260,11 @@ def _max_pool_forward(x, stride):
 
 
 def _max_pool_backward(stride, x, g):
-    windows = _max_windows(x, stride)
-    best, where = windows[0], jnp.zeros(g.shape, jnp.int8)
-    for position, window in enumerate(windows[1:], 1):
-        where = jnp.where(window > best, jnp.int8(position), where)
-        best = jnp.maximum(best, window)
-    height, width = x.shape[1:3]
-    total = jnp.zeros_like(_pad(x, 1))
-    for position, (i, j, _, _) in enumerate(_shifts(3, 1)):
-        part = _spread(jnp.where(where == position, g, 0.0), stride, height, width)
-        total += jnp.pad(part, ((0, 0), (i, 2 - i), (j, 2 - j), (0, 0)))
-    return (total[:, 1:-1, 1:-1],)
+    def one_image(x, g):
+        rows = _max_along(x, 1, stride)
+        return _max_along_backward(x, _max_along_backward(rows, g, 0, stride), 1, stride)
+
+    return (_each_image(one_image, x, g),)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
@@ -259,35 +284,40 @@ def avg_pool(x: jax.Array, stride: int) -> jax.Array:
     return total / count[:, :, None]
 
 
-def _each_image(function, *arrays):
-    """Maps over images: one at a time on CPUs, where one image's intermediates fit the cache."""
-    if jax.default_backend() == "cpu":
-        return lax.map(lambda x: function(*x), arrays)
-    return jax.vmap(function)(*arrays)
-
-
-def _probabilities(q, k):
-    return jax.nn.softmax(jnp.einsum("hid,hjd->hij", q, k) * q.shape[-1] ** -0.5)
+def _exponentials(q, k):
+    """Softmax's numerators (heads, positions, positions), and their sums (heads, positions, 1)."""
+    logits = jnp.einsum("hid,hjd->hij", q * q.shape[-1] ** -0.5, k)
+    e = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return e, e.sum(-1, keepdims=True)
 
 
 @jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax attention of (B, heads, positions, d) queries, keys and values.
 
-    The (positions, positions) probabilities are computed again for the gradient, not stored.
+    The (positions, positions) probabilities are computed again for the gradient, not stored, and
+    never divided by their sums: that is done to vectors.
     """
-    return _each_image(lambda q, k, v: _probabilities(q, k) @ v, q, k, v)
+
+    def one_image(q, k, v):
+        e, total = _exponentials(q, k)
+        return (e @ v) / total
+
+    return _each_image(one_image, q, k, v)
 
 
 def _attend_backward(residuals, g):
     def one_image(q, k, v, g):
-        p = _probabilities(q, k)
-        dp = jnp.einsum("hid,hjd->hij", g, v)
-        ds = p * (dp - (dp * p).sum(-1, keepdims=True)) * q.shape[-1] ** -0.5
+        e, total = _exponentials(q, k)
+        g = g / total
+        # The probabilities' mean gradient: sum_j p_ij dp_ij = sum_d g_id out_id.
+        mean = (g * (e @ v)).sum(-1, keepdims=True) / total
+        ds = e * (jnp.einsum("hid,hjd->hij", g, v) - mean)
+        scale = q.shape[-1] ** -0.5
         return (
-            jnp.einsum("hij,hjd->hid", ds, k),
-            jnp.einsum("hij,hid->hjd", ds, q),
-            jnp.einsum("hij,hid->hjd", p, g),
+            jnp.einsum("hij,hjd->hid", ds, k) * scale,
+            jnp.einsum("hij,hid->hjd", ds, q) * scale,
+            jnp.einsum("hij,hid->hjd", e, g),
         )
 
     return _each_image(one_image, *residuals, g)
