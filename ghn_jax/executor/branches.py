@@ -240,6 +240,8 @@ class Branch:
       tiles: kinds of the kernel tiles that it reads, in the order of the operation's nodes.
       vectors: number of vector tiles that it reads itself.
       norm: whether it may be followed by batch norm, with a vector tile more.
+      keep: whether what it computes is kept for the gradient of that batch norm; otherwise it is
+        computed again, which for 1x1 convolutions takes no longer than reading it.
       apply: (x, tiles, vectors, context) -> y for one input.
       part: (x, tiles, offset, context) -> z where several states are read; their z add up.
       bins: (x, offset, number of bins) -> (B, bins) for the head.
@@ -248,6 +250,7 @@ class Branch:
     tiles: tuple[TileKind, ...] = ()
     vectors: int = 0
     norm: bool = False
+    keep: bool = False
     apply: Callable[..., Any] | None = None
     part: Callable[..., Any] | None = None
     bins: Callable[..., Any] | None = None
@@ -257,8 +260,8 @@ def _square(k: int) -> TileKind:
     return TileKind("kernel", k, k)
 
 
-def _normed(*tiles: TileKind, vectors: int = 0, **functions) -> Branch:
-    return Branch(tiles, vectors, True, **functions)
+def _normed(*tiles: TileKind, vectors: int = 0, keep: bool = True, **functions) -> Branch:
+    return Branch(tiles, vectors, True, keep, **functions)
 
 
 _BRANCHES = {
@@ -267,12 +270,12 @@ _BRANCHES = {
     "identity": Branch(apply=_identity),
     "excite": Branch((ONE, ONE), 2, apply=_excite),
     "attention": Branch((ONE,) * 4, 5, apply=_attention),
-    "mix": _normed(ONE, part=_mix_part),
-    "reduce": _normed(ONE, ONE, part=_reduce_part),
+    "mix": _normed(ONE, keep=False, part=_mix_part),
+    "reduce": _normed(ONE, ONE, keep=False, part=_reduce_part),
     "average": Branch(bins=_average_bins),
     "flatten": Branch(bins=_flatten_bins),
     "conv_7x1": _normed(TileKind("kernel", 1, 7), TileKind("kernel", 7, 1), apply=_conv_7x1),
-    **{f"conv_{k}": _normed(_square(k), apply=_conv(k)) for k in (1, 3, 5, 7)},
+    **{f"conv_{k}": _normed(_square(k), keep=k > 1, apply=_conv(k)) for k in (1, 3, 5, 7)},
     **{
         f"{name}_{k}": _normed(TileKind("depthwise", k, k), ONE, apply=_depthwise(k, dilation))
         for name, dilation in (("depthwise", 1), ("dilated", 2))

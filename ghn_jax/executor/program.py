@@ -35,6 +35,8 @@ class Instructions(NamedTuple):
       kernels: (n, 4), vectors: (n, 5) rows of the tile arrays.
       norm: (n,) whether batch norm follows.
       norm_vector: (n,) row of its vector tile.
+      keep: (n,) whether what comes before batch norm is kept for the backward loop, `kept`: (n,) in
+        which slot of the target plane.
       tile_accumulate: (n,) whether the tiles' cotangents are added to.
       channel: (n,) first output channel of a stem instruction.
       scale: (n,) weight scale of instructions with several parts.
@@ -58,6 +60,8 @@ class Instructions(NamedTuple):
     vectors: np.ndarray
     norm: np.ndarray
     norm_vector: np.ndarray
+    keep: np.ndarray
+    kept: np.ndarray
     tile_accumulate: np.ndarray
     channel: np.ndarray
     scale: np.ndarray
@@ -97,6 +101,8 @@ def _empty(capacity: Capacity) -> Instructions:
         vectors=np.zeros((n, VECTORS), integers),
         norm=np.zeros(n, flags),
         norm_vector=np.zeros(n, integers),
+        keep=np.zeros(n, flags),
+        kept=np.zeros(n, integers),
         tile_accumulate=np.zeros(n, flags),
         channel=np.zeros(n, integers),
         scale=np.ones(n, np.float32),
@@ -185,29 +191,45 @@ def list_steps(wiring: Wiring, bucket: Bucket) -> tuple[list[Step], list[int | N
 
 
 class Slots(NamedTuple):
-    """Slots of states: in the value arrays for good, in the cotangent arrays while needed."""
+    """Slots of states: in the value arrays for good, in the cotangent arrays while needed.
+
+    `kept` are slots in the value arrays too, by instruction: of what comes before batch norm.
+    """
 
     value: dict[int, int]
+    kept: dict[int, int]
     gradient: dict[int, int]
     values_needed: list[int]
     gradients_needed: list[int]
 
 
-def give_slots(steps: Sequence[Step], planes: Sequence[int | None], n_planes: int) -> Slots:
+def give_slots(
+    steps: Sequence[Step], planes: Sequence[int | None], bucket: Bucket, norm: bool
+) -> Slots:
     """Gives every state a slot in its plane's value array and in its cotangent array.
 
     Values are all kept for the backward loop. A cotangent lives from its state's last reader to its
     first writer, so far fewer slots are needed: they are reused.
     """
+    n_planes = len(bucket.planes)
     value: dict[int, int] = {}
+    kept: dict[int, int] = {}
     values_needed = [0] * n_planes
     first_writer: dict[int, int] = {}
+
+    def new_slot(plane: int) -> int:
+        values_needed[plane] += 1
+        return values_needed[plane] - 1
+
     for i, step in enumerate(steps):
-        if step.target is not None and step.target not in value:
-            plane = planes[step.target]
-            value[step.target] = values_needed[plane]
-            values_needed[plane] += 1
+        if step.target is None:
+            continue
+        plane = planes[step.target]
+        if step.target not in value:
+            value[step.target] = new_slot(plane)
             first_writer[step.target] = i
+        if norm and branch_of(step.kind, bucket).keep:
+            kept[i] = new_slot(plane)
     gradient: dict[int, int] = {}
     free: list[list[int]] = [[] for _ in range(n_planes)]
     gradients_needed = [0] * n_planes
@@ -224,14 +246,14 @@ def give_slots(steps: Sequence[Step], planes: Sequence[int | None], n_planes: in
                 gradients_needed[plane] += 1
         if step.target is not None and first_writer[step.target] == i:
             free[planes[step.target]].append(gradient[step.target])
-    return Slots(value, gradient, values_needed, gradients_needed)
+    return Slots(value, kept, gradient, values_needed, gradients_needed)
 
 
 def needed_capacity(wiring: Wiring) -> Capacity:
     """The least capacity that runs an architecture."""
     bucket = Bucket.of(wiring)
     steps, planes = list_steps(wiring, bucket)
-    slots = give_slots(steps, planes, len(bucket.planes))
+    slots = give_slots(steps, planes, bucket, wiring.norm)
     return Capacity(
         tuple(slots.values_needed),
         tuple(slots.gradients_needed),
@@ -272,7 +294,7 @@ def compile_instructions(
       ValueError: the architecture does not fit the bucket or the capacity.
     """
     steps, planes = list_steps(wiring, bucket)
-    slots = give_slots(steps, planes, len(bucket.planes))
+    slots = give_slots(steps, planes, bucket, wiring.norm)
     needed = Capacity(
         tuple(slots.values_needed), tuple(slots.gradients_needed), len(steps),
         max(len(s.sources) for s in steps),
@@ -304,6 +326,8 @@ def compile_instructions(
         branch = branch_of(step.kind, bucket)
         vectors = [rows[name] for name in step.vectors] or [spare] * (branch.vectors + 1)
         table.norm[i] = branch.norm and wiring.norm
+        table.keep[i] = i in slots.kept
+        table.kept[i] = slots.kept.get(i, 0)
         table.vectors[i, : branch.vectors] = vectors[: branch.vectors]
         table.norm_vector[i] = vectors[-1]
         table.channel[i] = step.channel

@@ -1,8 +1,9 @@
 """Runs any architecture of a bucket as one compiled program (`docs/design.md`).
 
 The forward loop walks the instruction table and writes every state to its slot; the backward loop
-walks it in reverse, computes each branch again from its stored inputs and takes its gradient. No
-residual of any branch is stored.
+walks it in reverse and takes the gradient of each branch from its stored inputs. No residual of any
+branch is stored but one: what dense and depthwise convolutions hand to batch norm, which takes
+longer to compute again than to read.
 
 How an instruction is chosen: `lax.switch` would copy every array that a branch writes to. Instead
 each kind is a `while` loop that runs once or not at all (`_when`): XLA updates a loop's arrays in
@@ -156,6 +157,9 @@ class _Program:
         z = jnp.zeros((plane.shape[1], size, size, channels), plane.dtype)
         return lax.fori_loop(0, row.parts, add, z)
 
+    def _keeps(self, kinds: Sequence[int]) -> bool:
+        return any(branch_of(self.bucket.kinds[k], self.bucket).keep for k in kinds)
+
     def _finish(self, plane: int, row: Instructions, z, vector):
         context = _context(Kind("", plane, plane), self.bucket, row, self.normalise)
         return finish(z, vector, context)
@@ -173,6 +177,8 @@ class _Program:
             z = _when(row.kind == k, lambda _, kind=kind: self.convolve(kind, row, values), z)
         y = self._finish(plane, row, z, _read(self.tiles[VECTOR], row.norm_vector))
         written = _write(values[plane], row.target, y, row.accumulate)
+        if self._keeps(kinds):
+            written = _when(row.keep, lambda states: _write(states, row.kept, z), written)
         return _replace(values, plane, written), features, _replace(scratch, plane, z)
 
     def _forward_bins(self, kinds, row, carry):
@@ -198,9 +204,12 @@ class _Program:
         z = scratch[plane]
         for k in kinds:
             kind = self.bucket.kinds[k]
-            if branch_of(kind, self.bucket).norm:
+            branch = branch_of(kind, self.bucket)
+            if branch.norm and not branch.keep:
                 again = (row.kind == k) & row.norm
                 z = _when(again, lambda _, kind=kind: self.convolve(kind, row, values), z)
+        if self._keeps(kinds):
+            z = _when(row.keep, lambda _: _read(values[plane], row.kept), z)
         g = _read(gradients[plane], row.gradient)
         vector = _read(self.tiles[VECTOR], row.norm_vector)
         _, vjp = jax.vjp(lambda z, v: self._finish(plane, row, z, v), z, vector)
