@@ -67,6 +67,17 @@ def test_conv(size, kernel, strides):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("stride", [1, 4])
+def test_conv_of_images(stride):
+    """From three channels to 32, which runs with four."""
+    x, w = random(2, 9, 8, 3), random(5, 5, 3, 32, seed=2)
+    assert_same(
+        lambda x, w: kernels.conv(x, w, (stride,) * 2),
+        lambda x, w: reference_conv(x, w, (stride,) * 2),
+        x, w,
+    )  # fmt: skip
+
+
 def test_pointwise():
     w = random(CHANNELS, FEATURES, seed=2)
     assert_same(
