@@ -257,21 +257,36 @@ def module_logits(case: Case, tiles: dict, normalise: bool, images) -> jax.Array
     return network.apply({"params": params}, images)
 
 
-def module_gradient(case: Case, tiles: dict, images, cotangent):
-    """What `Group.gradient` gives, from the Flax module."""
+def module_gradient(case: Case):
+    """What `Group.gradient` computes, from the Flax module: (tiles, images, cotangent) -> ..."""
 
-    def gradient(tiles):
+    def gradient(tiles, images, cotangent):
         logits, vjp = jax.vjp(lambda t: module_logits(case, t, True, images), tiles)
         return logits, vjp(cotangent)[0]
 
-    return jax.jit(gradient, compiler_options=SHORTEST_COMPILATION)(tiles)
+    return jax.jit(gradient, compiler_options=SHORTEST_COMPILATION)
+
+
+def neighbours(images: np.ndarray):
+    """The images, then the same to within rounding, four times.
+
+    A gradient jumps where a ReLU's input changes sign: within rounding of such a point the executor
+    may be on one side and the module on the other, and both are right.
+    """
+    yield images
+    for seed in range(4):
+        away = np.where(random(*images.shape, seed=seed) > 0, np.inf, -np.inf)
+        yield np.nextafter(images, away.astype(np.float32))
+
+
+def error(actual, expected) -> float:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-6)
 
 
 def assert_close(actual, expected, what: str, tolerance: float = 1e-3):
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape, what
-    error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-6)
-    assert error < tolerance, f"{what}: relative error {error:.1e}"
+    assert error(actual, expected) < tolerance, f"{what}: {error(actual, expected):.1e}"
 
 
 def assert_trees_close(actual, expected, tolerance: float = 1e-5):
@@ -288,13 +303,15 @@ def test_executor_equals_module(case):
     group = group_of(case.bucket)
     prepared = group.prepare(case)
     logits, dtiles = group.gradient(prepared.tiles, prepared.table, IMAGES, COTANGENT)
-    expected, gradients = module_gradient(
-        case, prepared.of_nodes(prepared.tiles), IMAGES, COTANGENT
-    )
-    assert_close(logits, expected, "logits")
-    actual = prepared.of_nodes(dtiles)
-    for node, gradient in gradients.items():
-        assert_close(actual[node], gradient, f"gradient of {case.graph.names[node]}")
+    gradient = module_gradient(case)
+    nodes, actual = prepared.of_nodes(prepared.tiles), prepared.of_nodes(dtiles)
+    for images in neighbours(IMAGES):
+        expected, gradients = gradient(nodes, images, COTANGENT)
+        assert_close(logits, expected, "logits")
+        errors = {case.graph.names[n]: error(actual[n], g) for n, g in gradients.items()}
+        if max(errors.values()) < 1e-3:
+            return
+    assert max(errors.values()) < 1e-3, f"gradients: {errors}"
 
 
 EXCITE = Genotype(
@@ -339,7 +356,7 @@ def test_dropout():
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(multiply):
-        expected = module_gradient(case, prepared.of_nodes(prepared.tiles), IMAGES, COTANGENT)
+        expected = module_gradient(case)(prepared.of_nodes(prepared.tiles), IMAGES, COTANGENT)
     assert_trees_close((logits, prepared.of_nodes(dtiles)), expected, 1e-3)
 
 

@@ -362,13 +362,13 @@ def _fill_head(wiring, table: Instructions, rows, spare: int, normalise: bool) -
         table.head_scales[:] = [math.sqrt(2 / head.dims[-2]), math.sqrt(2 / head.dims[0])]
 
 
-def kinds_of(bucket: Bucket) -> set[TileKind]:
-    """The kinds of tiles that a bucket's instructions read."""
+def kinds_of(bucket: Bucket) -> list[TileKind]:
+    """The kinds of tiles that a bucket's instructions read, sorted."""
     kinds = {TileKind("vector"), TileKind("kernel"), TileKind("classifier")}
     kinds |= {TileKind("classifier_bias")}
     for kind in bucket.kinds:
         kinds.update(branch_of(kind, bucket).tiles)
-    return kinds
+    return sorted(kinds)
 
 
 def tile_rows(
