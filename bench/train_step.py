@@ -30,7 +30,7 @@ from ghn_jax.compilation import CompilationCounter, keep_programs
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.deepnets1m.__main__ import export
 from ghn_jax.memory import keep_memory
-from ghn_jax.metabatch import make_meta_batch
+from ghn_jax.metabatch import Stream, make_meta_batch
 from ghn_jax.metastep import MetaStep
 from ghn_jax.presets import preset
 
@@ -98,6 +98,7 @@ def main(options: Options) -> None:
 def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
     """Times every meta-batch."""
     ghn = config.ghn(10, 32)
+    stream = Stream(ghn, lambda i: nets[i % len(nets)], config.meta_batch, 32)
     step = MetaStep(ghn, config.optimizer(1000), seed=0)
     state = step.init(0)
     rng = np.random.default_rng(options.seed)
@@ -110,7 +111,7 @@ def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
         architectures = [nets[i] for i in indices]
         prepared = time.perf_counter()
         batch = make_meta_batch(ghn, architectures, image_size=32, n_groups=config.workers,
-                                graph_nodes=config.graph_nodes)  # fmt: skip
+                                graph_nodes=config.graph_nodes, capacity=stream.capacity)  # fmt: skip
         prepared = time.perf_counter() - prepared
         first = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, batch, images, labels))

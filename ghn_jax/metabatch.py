@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jraph
@@ -15,7 +16,6 @@ from ghn_jax.executor.program import (
     Instructions,
     TileRows,
     compile_instructions,
-    fits,
     list_steps,
     needed_capacity,
     tile_rows,
@@ -91,30 +91,10 @@ def _row_capacity(image_size: int, size: int) -> dict[TileKind, int]:
     return rows
 
 
-def _capacity(bucket: Bucket, needed: Capacity) -> Capacity:
-    """Room for every training architecture of a bucket; powers of two beyond that.
-
-    The most seen in 3,000 generated training architectures, with what is kept for batch norm: 80
-    states in a stage's plane (203 where all stages share one), 6 in the stem's, 2 between stages;
-    10 cotangents; 152 instructions.
-    """
-    planes = len(bucket.planes)
-    most = 224 if planes == 1 else 80
-    values = tuple(most if p in bucket.stages else 8 for p in range(planes))
-    gradients = tuple(12 if p in bucket.stages else 4 for p in range(planes))
-    usual = Capacity(values, gradients, 192, 4)
-    if fits(needed, usual):
-        return usual
-
-    def grow(need: int, have: int) -> int:
-        return have if need <= have else next_power_of_two(need)
-
-    return Capacity(
-        tuple(map(grow, needed.values, values)),
-        tuple(map(grow, needed.gradients, gradients)),
-        grow(needed.instructions, usual.instructions),
-        grow(needed.parts, usual.parts),
-    )
+def common_capacity(needed: Iterable[Capacity]) -> Capacity:
+    """Room for each of several architectures, in powers of two."""
+    fields = zip(*map(dataclasses.astuple, needed), strict=True)
+    return Capacity(*(next_power_of_two(max(field)) for field in fields))
 
 
 def _cost(wiring: Wiring) -> float:
@@ -151,6 +131,7 @@ def make_meta_batch(
     image_size: int,
     n_groups: int = 1,
     graph_nodes: int = 288,
+    capacity: Capacity | None = None,
     position: int = 0,
 ) -> MetaBatch:
     """Prepares architectures for an update.
@@ -162,6 +143,8 @@ def make_meta_batch(
       n_groups: number of workers that will run them.
       graph_nodes: nodes that the padded graph has room for, for each architecture; where that does
         not suffice, it grows.
+      capacity: room that every architecture's program has at least, so that it is the same for all
+        that fit; None for what each needs.
       position: stored in the result.
 
     Raises:
@@ -171,8 +154,8 @@ def make_meta_batch(
     wirings = [wire(a, num_classes=ghn.num_classes, image_size=image_size) for a in architectures]
     nodes = sum(map(len, graphs))
     edges = sum(len(g.edges) for g in graphs)
-    # Static sizes that nearly every meta-batch of this many architectures fits.
-    room = graph_nodes * next_power_of_two(len(graphs))
+    # A static size that nearly every meta-batch of this many architectures fits.
+    n_node = graph_nodes * next_power_of_two(len(graphs))
     offsets = np.cumsum([0] + [len(g) for g in graphs])
     groups = []
     n_groups = min(n_groups, len(graphs))
@@ -187,14 +170,15 @@ def make_meta_batch(
         programs = []
         for i, row_of in zip(members, names, strict=True):
             bucket = Bucket.of(wirings[i])
-            capacity = _capacity(bucket, needed_capacity(wirings[i]))
-            table = compile_instructions(wirings[i], bucket, capacity, row_of, spare, ghn.normalise)
-            programs.append(Program(bucket, capacity, table))
+            needed = needed_capacity(wirings[i])
+            room = common_capacity([needed] if capacity is None else [needed, capacity])
+            table = compile_instructions(wirings[i], bucket, room, row_of, spare, ghn.normalise)
+            programs.append(Program(bucket, room, table))
         groups.append(Group(rows, tuple(programs)))
     graph = pad_graphs(
         graphs,
-        n_node=room if nodes < room else next_power_of_two(nodes + 1),
-        n_edge=next_power_of_two(max(edges, 64 * room)),
+        n_node=n_node if nodes < n_node else next_power_of_two(nodes + 1),
+        n_edge=next_power_of_two(max(edges, 64 * n_node)),
         n_step=None,
     )
     return MetaBatch(graph, tuple(groups), nodes, tuple(architectures), position)
@@ -219,6 +203,13 @@ class Stream:
     graph_nodes: int = 288
     max_nodes: int = MAX_NODES
 
+    @functools.cached_property
+    def capacity(self) -> Capacity:
+        """Room for nearly every architecture of the stream: for each of its first 256."""
+        options = {"num_classes": self.ghn.num_classes, "image_size": self.image_size}
+        first = (wire(self.architecture(i), **options) for i in range(256))
+        return common_capacity(map(needed_capacity, first))
+
     def batches(self, start: int) -> Iterator[MetaBatch]:
         """Meta-batches from a position of the stream on."""
         position = start
@@ -231,6 +222,7 @@ class Stream:
                 image_size=self.image_size,
                 n_groups=self.n_groups,
                 graph_nodes=self.graph_nodes,
+                capacity=self.capacity,
                 position=position,
             )
             if batch.nodes <= self.max_nodes:

@@ -19,7 +19,7 @@ from ghn_jax.compilation import crowded, executor_options
 from ghn_jax.executor import run
 from ghn_jax.executor.bucket import MAX_HIDDEN, Bucket, Capacity
 from ghn_jax.executor.program import Instructions
-from ghn_jax.executor.run import Tiles
+from ghn_jax.executor.run import Arenas, Tiles
 from ghn_jax.executor.tiles import decode_tiles
 from ghn_jax.ghn import GHN
 from ghn_jax.metabatch import Group, MetaBatch, Program
@@ -56,11 +56,11 @@ def _loss(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
 
 def _run_one(
     bucket: Bucket,
-    capacity: Capacity,
     normalise: bool,
     smoothing: float,
     tiles: Tiles,
     dtiles: Tiles,
+    arenas: Arenas,
     table: Instructions,
     images: jax.Array,
     labels: jax.Array,
@@ -68,7 +68,8 @@ def _run_one(
     weight: jax.Array,
 ):
     """Loss, accuracy and tile cotangents (times `weight`) of one architecture."""
-    values, features = run.forward(bucket, capacity, normalise, tiles, table, images)
+    values, features = run.forward(bucket, normalise, tiles, table, images, arenas.values)
+    arenas = arenas._replace(values=values)
     keep = jax.random.bernoulli(key, 0.5, (len(images), MAX_HIDDEN))
     dropout = 2.0 * keep.astype(jnp.float32)
 
@@ -79,10 +80,11 @@ def _run_one(
     loss, vjp, logits = jax.vjp(head_loss, features, run.head_tiles(tiles, table), has_aux=True)
     dfeatures, dhead = vjp(weight)
     top1 = (logits.argmax(-1) == labels).mean()
-    dtiles = run.backward(
-        bucket, capacity, normalise, tiles, table, images, values, dfeatures, dtiles
+    gradients, dtiles = run.backward(
+        bucket, normalise, tiles, table, images, arenas, dfeatures, dtiles
     )
-    return loss, top1, run.save_head_tiles(dtiles, table, dhead)
+    arenas = arenas._replace(gradients=gradients)
+    return loss, top1, run.save_head_tiles(dtiles, table, dhead), arenas
 
 
 def _signature(program: Program, tiles: Tiles, images: jax.Array):
@@ -112,14 +114,15 @@ class MetaStep:
         self.ghn, self.optimizer, self.smoothing = ghn, optimizer, smoothing
         self.key = jax.random.key(seed)
         self._workspace: dict[int, Tiles] = {}
+        self._arenas: dict[int, tuple[tuple, Arenas]] = {}
         self._programs: dict[Any, Any] = {}
         self._encode = jax.jit(self._encode_with_vjp)
         self._decode = jax.jit(lambda params, *args: decode_tiles(ghn, {"params": params}, *args))
         self._decode_backward = jax.jit(self._decode_vjp)
         self._run = jax.jit(
             _run_one,
-            static_argnums=(0, 1, 2, 3),
-            donate_argnums=5,
+            static_argnums=(0, 1, 2),
+            donate_argnums=(4, 5),
             compiler_options=executor_options(),
         )
         self._apply = jax.jit(self._apply_gradients, donate_argnums=0)
@@ -165,6 +168,13 @@ class MetaStep:
             space = jax.tree.map(jnp.zeros_like, tiles)
         return space
 
+    def _arenas_for(self, index: int, capacity: Capacity, batch_size: int) -> Arenas:
+        """A worker's arenas, of the lengths that a program is compiled for."""
+        lengths, arenas = self._arenas.pop(index, (None, None))
+        if lengths != (capacity.values, capacity.gradients, batch_size):
+            arenas = Arenas.zeros(capacity, batch_size)
+        return arenas
+
     def _compile(self, batch: MetaBatch, tiles: list[Tiles], images, labels) -> None:
         """Compiles what the batch needs and no batch before it did, two programs at a time.
 
@@ -183,9 +193,10 @@ class MetaStep:
 
         def compile_one(item):
             key, (program, group_tiles) = item
+            arenas = jax.eval_shape(lambda: Arenas.zeros(program.capacity, len(images)))
             lowered = self._run.lower(
-                program.bucket, program.capacity, self.ghn.normalise, self.smoothing,
-                group_tiles, group_tiles, program.table, images, labels, self.key, jnp.float32(1),
+                program.bucket, self.ghn.normalise, self.smoothing, group_tiles, group_tiles,
+                arenas, program.table, images, labels, self.key, jnp.float32(1),
             )  # fmt: skip
             return key, lowered.compile()
 
@@ -198,9 +209,12 @@ class MetaStep:
         for i, program in enumerate(group.programs):
             run_one = self._programs[_signature(program, tiles, images)]
             dropout_key = jax.random.fold_in(key, 1000 * index + i)
-            loss, top1, dtiles = run_one(
-                tiles, dtiles, program.table, images, labels, dropout_key, weight
+            arenas = self._arenas_for(index, program.capacity, len(images))
+            loss, top1, dtiles, arenas = run_one(
+                tiles, dtiles, arenas, program.table, images, labels, dropout_key, weight
             )
+            lengths = program.capacity.values, program.capacity.gradients, len(images)
+            self._arenas[index] = lengths, arenas
             losses.append(loss)
             top1s.append(top1)
         gradients = self._decode_backward(params, states, group.rows, dtiles)

@@ -52,6 +52,7 @@ UNITS = {
 _CELL = sorted({UNITS[op] for op in UNITS if not op.startswith("stem")} - {"mix", "reduce"})
 _STEM_KERNELS = (3, 5, 7)
 MAX_HIDDEN = 512  # hidden fully connected layers are padded to this width
+UNIT = 8  # numbers: states start and end at multiples of this, for each image
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -76,9 +77,15 @@ class Bucket:
 
         Raises:
           ValueError: the executor cannot run it (fewer than three cells, more than two fully
-            connected layers, more than 512 hidden units, a stem kernel other than 3, 5 or 7).
+            connected layers, more than 512 hidden units, a stem kernel other than 3, 5 or 7, a
+            width that is no multiple of 8).
         """
         arch = wiring.arch
+        if arch.C % UNIT:
+            raise ValueError(
+                f"the executor runs widths that are multiples of {UNIT}, given C={arch.C}; use "
+                "build_network for others"
+            )
         if arch.n_cells < 3:
             raise ValueError(
                 f"the executor runs architectures of 3 cells or more, given {arch.n_cells}; use "
@@ -126,15 +133,14 @@ class Bucket:
         """The distinct (size, channels) of the bucket's states, in order of first use."""
         return tuple(dict.fromkeys(self._sizes))
 
-    @functools.cached_property
-    def stages(self) -> tuple[int, ...]:
-        """The planes that the cells of the three stages work in, where most states are."""
-        sizes = self._sizes if self.stem == "vit" else self._sizes[1::2]
-        return tuple(dict.fromkeys(self.plane(*size) for size in sizes))
-
     def plane(self, size: int, channels: int) -> int:
         """Index of a plane."""
         return self.planes.index((size, channels))
+
+    def units(self, plane: int) -> int:
+        """Length of a plane's states in the arenas."""
+        size, channels = self.planes[plane]
+        return size * size * channels // UNIT
 
     @functools.cached_property
     def kinds(self) -> tuple[Kind, ...]:
@@ -173,16 +179,16 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """How much of each array a program has room for (static).
+    """What a program has room for (static).
 
     Attributes:
-      values: slots for states in each plane.
-      gradients: slots for cotangents of states in each plane.
+      values: length of the arena of states, in units of `UNIT` numbers for each image.
+      gradients: length of the arena of their cotangents.
       instructions: rows of the instruction table.
       parts: states that one concatenation can join.
     """
 
-    values: tuple[int, ...]
-    gradients: tuple[int, ...]
+    values: int
+    gradients: int
     instructions: int
     parts: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -25,18 +27,18 @@ class Instructions(NamedTuple):
       count: () number of instructions.
       kind: (n,) index into `Bucket.kinds`.
       parts: (n,) number of states read.
-      sources: (n, P) slots of the states read, in the source plane.
+      sources: (n, P) places of the states read; see `Places`.
       offsets: (n, P) the first channel of each part in the concatenation.
-      target: (n,) slot of the state written, in the target plane.
-      accumulate: (n,) whether it is added to what the slot holds.
-      gradient: (n,) slot of the target's cotangent.
-      source_gradients: (n, P) slots of the sources' cotangents.
+      target: (n,) place of the state written.
+      accumulate: (n,) whether it is added to what is there.
+      gradient: (n,) place of the target's cotangent.
+      source_gradients: (n, P) places of the sources' cotangents.
       source_accumulate: (n, P) whether they are added to.
       kernels: (n, 4), vectors: (n, 5) rows of the tile arrays.
       norm: (n,) whether batch norm follows.
       norm_vector: (n,) row of its vector tile.
-      keep: (n,) whether what comes before batch norm is kept for the backward loop, `kept`: (n,) in
-        which slot of the target plane.
+      keep: (n,) whether what comes before batch norm is kept for the backward loop.
+      kept: (n,) its place.
       tile_accumulate: (n,) whether the tiles' cotangents are added to.
       channel: (n,) first output channel of a stem instruction.
       scale: (n,) weight scale of instructions with several parts.
@@ -113,7 +115,7 @@ def _empty(capacity: Capacity) -> Instructions:
 
 
 class Step(NamedTuple):
-    """One instruction before slots are given out: states, node names and constants."""
+    """One instruction before places are given out: states, node names and constants."""
 
     kind: Kind
     sources: tuple[tuple[int, int], ...]  # (state, first channel)
@@ -190,86 +192,93 @@ def list_steps(wiring: Wiring, bucket: Bucket) -> tuple[list[Step], list[int | N
     return lister.steps, lister.planes
 
 
-class Slots(NamedTuple):
-    """Slots of states: in the value arrays for good, in the cotangent arrays while needed.
+class Places(NamedTuple):
+    """Where states begin, in units of `UNIT` numbers for each image, and the length of both arenas.
 
-    `kept` are slots in the value arrays too, by instruction: of what comes before batch norm.
+    Attributes:
+      value: state -> its place in the arena of states.
+      kept: instruction -> the place there of what comes before its batch norm.
+      gradient: state -> the place of its cotangent in the other arena.
+      values, gradients: lengths of the arenas.
     """
 
     value: dict[int, int]
     kept: dict[int, int]
     gradient: dict[int, int]
-    values_needed: list[int]
-    gradients_needed: list[int]
+    values: int
+    gradients: int
 
 
-def give_slots(
+class _Room:
+    """Gives out stretches of an arena and takes them back: the first gap that is long enough."""
+
+    def __init__(self):
+        self.taken: list[tuple[int, int]] = []  # (start, end), sorted
+        self.length = 0
+
+    def take(self, length: int) -> int:
+        start = 0
+        for taken, end in self.taken:
+            if taken - start >= length:
+                break
+            start = end
+        bisect.insort(self.taken, (start, start + length))
+        self.length = max(self.length, start + length)
+        return start
+
+    def give_back(self, start: int, length: int) -> None:
+        self.taken.remove((start, start + length))
+
+
+def give_places(
     steps: Sequence[Step], planes: Sequence[int | None], bucket: Bucket, norm: bool
-) -> Slots:
-    """Gives every state a slot in its plane's value array and in its cotangent array.
+) -> Places:
+    """Gives every state a place in the arena of states and its cotangent one in the other.
 
-    Values are all kept for the backward loop. A cotangent lives from its state's last reader to its
-    first writer, so far fewer slots are needed: they are reused.
+    States are all kept for the backward loop. A cotangent lives from its state's last reader to its
+    first writer, so that far less room is needed: it is reused.
     """
-    n_planes = len(bucket.planes)
     value: dict[int, int] = {}
     kept: dict[int, int] = {}
-    values_needed = [0] * n_planes
     first_writer: dict[int, int] = {}
-
-    def new_slot(plane: int) -> int:
-        values_needed[plane] += 1
-        return values_needed[plane] - 1
-
+    length = 0
     for i, step in enumerate(steps):
         if step.target is None:
             continue
-        plane = planes[step.target]
+        units = bucket.units(planes[step.target])
         if step.target not in value:
-            value[step.target] = new_slot(plane)
-            first_writer[step.target] = i
+            value[step.target], first_writer[step.target] = length, i
+            length += units
         if norm and branch_of(step.kind, bucket).keep:
-            kept[i] = new_slot(plane)
+            kept[i] = length
+            length += units
     gradient: dict[int, int] = {}
-    free: list[list[int]] = [[] for _ in range(n_planes)]
-    gradients_needed = [0] * n_planes
+    room = _Room()
     for i in reversed(range(len(steps))):
         step = steps[i]
         for state, _ in step.sources:
-            if state == 0 or state in gradient:
-                continue
-            plane = planes[state]
-            if free[plane]:
-                gradient[state] = free[plane].pop()
-            else:
-                gradient[state] = gradients_needed[plane]
-                gradients_needed[plane] += 1
+            if state != 0 and state not in gradient:
+                gradient[state] = room.take(bucket.units(planes[state]))
         if step.target is not None and first_writer[step.target] == i:
-            free[planes[step.target]].append(gradient[step.target])
-    return Slots(value, kept, gradient, values_needed, gradients_needed)
+            room.give_back(gradient[step.target], bucket.units(planes[step.target]))
+    return Places(value, kept, gradient, length, room.length)
+
+
+def _needed(steps: Sequence[Step], places: Places) -> Capacity:
+    return Capacity(places.values, places.gradients, len(steps), max(len(s.sources) for s in steps))
 
 
 def needed_capacity(wiring: Wiring) -> Capacity:
     """The least capacity that runs an architecture."""
     bucket = Bucket.of(wiring)
     steps, planes = list_steps(wiring, bucket)
-    slots = give_slots(steps, planes, bucket, wiring.norm)
-    return Capacity(
-        tuple(slots.values_needed),
-        tuple(slots.gradients_needed),
-        len(steps),
-        max(len(s.sources) for s in steps),
-    )
+    return _needed(steps, give_places(steps, planes, bucket, wiring.norm))
 
 
 def fits(needed: Capacity, given: Capacity) -> bool:
     """Whether a capacity has room for what an architecture needs."""
-    pairs = zip(needed.values + needed.gradients, given.values + given.gradients, strict=True)
-    return (
-        all(a <= b for a, b in pairs)
-        and needed.instructions <= given.instructions
-        and needed.parts <= given.parts
-    )
+    pairs = zip(dataclasses.astuple(needed), dataclasses.astuple(given), strict=True)
+    return all(need <= have for need, have in pairs)
 
 
 def compile_instructions(
@@ -294,11 +303,8 @@ def compile_instructions(
       ValueError: the architecture does not fit the bucket or the capacity.
     """
     steps, planes = list_steps(wiring, bucket)
-    slots = give_slots(steps, planes, bucket, wiring.norm)
-    needed = Capacity(
-        tuple(slots.values_needed), tuple(slots.gradients_needed), len(steps),
-        max(len(s.sources) for s in steps),
-    )  # fmt: skip
+    places = give_places(steps, planes, bucket, wiring.norm)
+    needed = _needed(steps, places)
     if not fits(needed, capacity):
         raise ValueError(
             f"the architecture needs {needed}, more than the executor's {capacity}; raise the "
@@ -314,20 +320,20 @@ def compile_instructions(
         table.kind[i] = index[step.kind]
         table.parts[i] = len(step.sources)
         for j, (state, channel) in enumerate(step.sources):
-            table.sources[i, j] = slots.value.get(state, 0)
+            table.sources[i, j] = places.value.get(state, 0)
             table.offsets[i, j] = channel
-            table.source_gradients[i, j] = slots.gradient.get(state, 0)
+            table.source_gradients[i, j] = places.gradient.get(state, 0)
         if step.target is not None:
-            table.target[i] = slots.value[step.target]
-            table.gradient[i] = slots.gradient[step.target]
+            table.target[i] = places.value[step.target]
+            table.gradient[i] = places.gradient[step.target]
             table.accumulate[i] = step.target in written
             written.add(step.target)
         table.kernels[i, : len(step.kernels)] = [rows[name] for name in step.kernels]
         branch = branch_of(step.kind, bucket)
         vectors = [rows[name] for name in step.vectors] or [spare] * (branch.vectors + 1)
         table.norm[i] = branch.norm and wiring.norm
-        table.keep[i] = i in slots.kept
-        table.kept[i] = slots.kept.get(i, 0)
+        table.keep[i] = i in places.kept
+        table.kept[i] = places.kept.get(i, 0)
         table.vectors[i, : branch.vectors] = vectors[: branch.vectors]
         table.norm_vector[i] = vectors[-1]
         table.channel[i] = step.channel
