@@ -36,12 +36,17 @@ MODELS = {
     )
 }  # torchvision's name -> constructor
 
+Model = (
+    ConvNeXt | DenseNet | EfficientNet | MobileNetV2 | ResNet | SqueezeNet | VGG | VisionTransformer
+)
+
 __all__ = [
     "MODELS",
     "ConvNeXt",
     "DenseNet",
     "EfficientNet",
     "MobileNetV2",
+    "Model",
     "ResNet",
     "SqueezeNet",
     "VGG",
