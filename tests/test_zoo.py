@@ -210,6 +210,8 @@ def test_variables_of_another_model():
     arrays = ghn_jax.to_torch(variables, model)
     with pytest.raises(ValueError, match=r"classifier.1.bias is \(10,\), expected \(7,\)"):
         ghn_jax.from_torch(arrays, zoo.squeezenet1_1(7))
+    with pytest.raises(ValueError, match=r"missing \[\] \(0 in all\), unknown \['extra'\]"):
+        ghn_jax.from_torch({**arrays, "extra": np.zeros(3)}, model)
     del arrays["features.0.bias"]
     with pytest.raises(ValueError, match=r"missing \['features.0.bias'\] \(1 in all\)"):
         ghn_jax.from_torch(arrays, model)
