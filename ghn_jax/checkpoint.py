@@ -48,8 +48,12 @@ class Checkpoints:
         self._keep = keep
 
     def _open(self) -> ocp.training.Checkpointer:
+        context = ocp.Context()
+        # Some megabytes: written by one device, without programs that cut a part for each.
+        context.array_options.saving.use_replica_parallel = False
         return ocp.training.Checkpointer(
             (self.path / _CHECKPOINTS).absolute(),
+            context=context,
             preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
         )
 

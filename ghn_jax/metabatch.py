@@ -150,7 +150,8 @@ def divide(costs: Sequence[float], n_groups: int) -> list[list[int]]:
     groups: list[list[int]] = [[] for _ in range(n_groups)]
     totals = [0.0] * n_groups
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        g = min((g for g in range(n_groups) if len(groups[g]) < most), key=totals.__getitem__)
+        free = (g for g in range(n_groups) if len(groups[g]) < most)
+        g = min(free, key=lambda g: (totals[g], len(groups[g])))
         groups[g].append(i)
         totals[g] += costs[i]
     return [sorted(g) for g in groups]

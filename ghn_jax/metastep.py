@@ -265,7 +265,8 @@ class MetaStep:
 
         Args:
           state: donated.
-          batch: the architectures, in as many groups as this process has rows, or a multiple.
+          batch: the architectures, in as many groups as this process has rows; or a multiple, where
+            a row is one device.
           images: (B, H, W, 3) float32 normalised images, all of them in every process.
           labels: (B,) int32 classes.
 
@@ -276,12 +277,14 @@ class MetaStep:
           ValueError: the groups or the images cannot be divided between the rows.
         """
         workers, left = divmod(len(batch.groups), len(self.rows))
-        if left or not workers:
+        columns = self.mesh.shape[DATA]
+        # Groups that share several devices would wait for each other's exchanges for ever.
+        if left or not workers or (workers > 1 and columns > 1):
+            allowed = "as many" if columns > 1 else "a multiple"
             raise ValueError(
                 f"the meta-batch has {len(batch.groups)} groups for {len(self.rows)} rows of "
-                "devices; allowed: a multiple"
+                f"{columns} devices; allowed: {allowed}"
             )
-        columns = self.mesh.shape[DATA]
         if len(images) % columns:
             raise ValueError(
                 f"{len(images)} images cannot be divided between {columns} devices; allowed: a "

@@ -16,6 +16,7 @@ from ghn_jax.compilation import CompilationCounter, executor_options
 from ghn_jax.executor.bucket import Bucket
 from ghn_jax.ghn import GHN
 from ghn_jax.images import load_images
+from ghn_jax.mesh import make_mesh
 from ghn_jax.metabatch import Stream, make_meta_batch
 from ghn_jax.metastep import MetaStep
 from ghn_jax.network import build_network
@@ -98,6 +99,33 @@ def test_workers_share_the_architectures_and_the_result_is_the_same(sgd, batch):
     assert float(alone.top1) == float(shared.top1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
                  one.params, two.params)  # fmt: skip
+
+
+@pytest.mark.parametrize(("mesh", "n_groups"), [("arch=2", 2), ("data=2", 1)])
+def test_two_devices_make_the_update_of_one(mesh, n_groups, sgd, batch):
+    # With dropout; as many architectures a group as in the tests above.
+    architectures = [a.replace(fc_layers=2) for a in ARCHITECTURES[: 2 * n_groups]]
+    one, alone = sgd(sgd.init(0), meta_batch(architectures, n_groups=n_groups), *batch)
+    step = MetaStep(GHN_, optax.sgd(1.0), mesh=make_mesh(mesh))
+    two, shared = step(step.init(0), meta_batch(architectures, n_groups=n_groups), *batch)
+    assert float(alone.loss) == pytest.approx(float(shared.loss), rel=1e-5)
+    assert float(alone.top1) == float(shared.top1)
+    assert float(alone.grad_norm) == pytest.approx(float(shared.grad_norm), rel=1e-4)
+    start = sgd.init(0).params
+    for before, a, b in zip(*map(jax.tree.leaves, (start, one.params, two.params)), strict=True):
+        a, b, before = map(np.asarray, (a, b, before))
+        worst = np.abs(before - a).max()
+        np.testing.assert_allclose(before - b, before - a, rtol=1e-4, atol=1e-4 * worst)
+    assert len(two.step.sharding.device_set) == 2
+
+
+def test_groups_that_do_not_fit_the_rows(batch):
+    step = MetaStep(GHN_, optax.sgd(1.0), mesh=make_mesh("data=2"))
+    message = "2 groups for 1 rows of 2 devices; allowed: as many"
+    with pytest.raises(ValueError, match=message):
+        step(step.init(0), meta_batch(ARCHITECTURES[:2], n_groups=2), *batch)
+    with pytest.raises(ValueError, match="7 images cannot be divided between 2 devices"):
+        step(step.init(0), meta_batch(ARCHITECTURES[:2]), batch[0][:7], batch[1][:7])
 
 
 def test_what_is_not_finite_changes_nothing(sgd, batch):
