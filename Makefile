@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-mesh lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py --out runs/demo
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest
+
+# Eight simulated devices and two processes: ten minutes.
+test-mesh: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 0 -m mesh tests/test_mesh.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -110,8 +110,10 @@ def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
     for indices in tqdm(meta_batches(nets, config, options.updates), unit="meta-batch"):
         architectures = [nets[i] for i in indices]
         prepared = time.perf_counter()
-        batch = make_meta_batch(ghn, architectures, image_size=32, n_groups=config.workers,
-                                graph_nodes=config.graph_nodes, capacity=stream.capacity)  # fmt: skip
+        batch = make_meta_batch(
+            ghn, architectures, image_size=32, n_groups=config.workers,
+            graph_nodes=config.graph_nodes, capacity=stream.capacity,
+        )  # fmt: skip
         prepared = time.perf_counter() - prepared
         first = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, batch, images, labels))

@@ -48,8 +48,12 @@ class Checkpoints:
         self._keep = keep
 
     def _open(self) -> ocp.training.Checkpointer:
+        context = ocp.Context()
+        # Some megabytes: written by one device, without programs that cut a part for each.
+        context.array_options.saving.use_replica_parallel = False
         return ocp.training.Checkpointer(
             (self.path / _CHECKPOINTS).absolute(),
+            context=context,
             preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
         )
 
@@ -94,16 +98,22 @@ class Checkpoints:
             return checkpointer.latest.step if checkpointer.latest else None
 
     def save(self, step: int, position: int, **trees: Any) -> None:
-        """Saves trees of arrays under a step, with a position of the architecture stream."""
+        """Saves trees of arrays under a step, with a position of the architecture stream.
+
+        Where there are several processes, all of them call this, as they do `load`.
+        """
         with self._open() as checkpointer:
             checkpointer.save_checkpointables(
                 step, trees, custom_metadata={"position": position}, overwrite=True
             )
 
-    def load(self, **like: Any) -> tuple[int, int, dict[str, Any]]:
-        """Loads trees from the last checkpoint.
+    def load(
+        self, sharding: jax.sharding.Sharding | None = None, **like: Any
+    ) -> tuple[int, int, dict[str, Any]]:
+        """Loads trees from the last checkpoint, whatever devices it was saved from.
 
         Args:
+          sharding: where the arrays go; to JAX's first device if not given.
           **like: for each tree the shapes and types expected of it.
 
         Returns:
@@ -122,7 +132,7 @@ class Checkpoints:
             metadata = checkpointer.checkpointables_metadata(step)
             for name, tree in like.items():
                 _check(self.path, name, tree, metadata.metadata.get(name))
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             abstract = {
                 name: jax.tree.map(
                     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree

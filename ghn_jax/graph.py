@@ -198,6 +198,11 @@ def shortest_paths(sources: list[list[int]], cutoff: int) -> np.ndarray:
     return edges
 
 
+def count_nodes(wiring: Wiring) -> int:
+    """Nodes of an architecture's computational graph, without the paths between them."""
+    return len(_GraphBuilder(wiring).build())
+
+
 def build_graph(
     arch: Architecture,
     virtual_edges: int = 50,

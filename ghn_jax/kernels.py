@@ -177,16 +177,28 @@ def _depthwise_backward(stride, dilation, residuals, g):
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-@jax.custom_vjp
-def batch_norm(z: jax.Array, scale: jax.Array, bias: jax.Array, on: jax.Array) -> jax.Array:
-    """Batch norm of (B, H, W, C) on the batch's statistics; the identity where `on` is 0."""
-    return _batch_norm_forward(z, scale, bias, on)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def batch_norm(
+    z: jax.Array, scale: jax.Array, bias: jax.Array, on: jax.Array, axis: str | None = None
+) -> jax.Array:
+    """Batch norm of (B, H, W, C) on the batch's statistics; the identity where `on` is 0.
+
+    With the name of a mesh axis, the batch is all images along it; the gradients of scale and bias
+    stay sums over the images here, as every device's cotangents of tiles do.
+    """
+    return _batch_norm_forward(z, scale, bias, on, axis)[0]
 
 
-def _batch_norm_forward(z, scale, bias, on):
+def _batch_norm_forward(z, scale, bias, on, axis):
     mean = z.mean((0, 1, 2))
     centred = z - mean
     variance = jnp.square(centred).mean((0, 1, 2))
+    if axis is not None:
+        # In one exchange, and still from centred images: the variance of all images is that within
+        # devices and that between them.
+        means, variances = lax.all_gather(jnp.stack([mean, variance]), axis, axis=1)
+        mean = means.mean(0)
+        variance = (variances + jnp.square(means - mean)).mean(0)
     inverse = lax.rsqrt(variance + 1e-5)
     # The switch acts on vectors only: the images are read and written once either way.
     factor = jnp.where(on, scale * inverse, 1.0)
@@ -194,14 +206,17 @@ def _batch_norm_forward(z, scale, bias, on):
     return z * factor + shift, (z, mean, inverse, scale, on)
 
 
-def _batch_norm_backward(residuals, g):
+def _batch_norm_backward(axis, residuals, g):
     z, mean, inverse, scale, on = residuals
     normal = (z - mean) * inverse
     dscale, dbias = (g * normal).sum((0, 1, 2)), g.sum((0, 1, 2))
     count = z.size // z.shape[-1]
+    all_dscale, all_dbias = dscale, dbias
+    if axis is not None:
+        all_dscale, all_dbias = lax.pmean(jnp.stack([dscale, dbias]), axis)
     factor = jnp.where(on, scale * inverse, 1.0)
-    a = jnp.where(on, factor * dbias / count, 0.0)
-    b = jnp.where(on, factor * dscale / count * inverse, 0.0)
+    a = jnp.where(on, factor * all_dbias / count, 0.0)
+    b = jnp.where(on, factor * all_dscale / count * inverse, 0.0)
     dz = g * factor - a - (z - mean) * b
     return dz, jnp.where(on, dscale, 0.0), jnp.where(on, dbias, 0.0), None
 

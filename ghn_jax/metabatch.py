@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jraph
-import numpy as np
 
 from ghn_jax.architecture import Architecture
 from ghn_jax.executor.bucket import Bucket, Capacity
@@ -21,11 +20,12 @@ from ghn_jax.executor.program import (
     tile_rows,
 )
 from ghn_jax.ghn import GHN
-from ghn_jax.graph import next_power_of_two, pad_graphs
+from ghn_jax.graph import Graph, count_nodes, next_power_of_two, pad_graphs
 from ghn_jax.parameters import TileKind
 from ghn_jax.wiring import Wiring, wire
 
-# A meta-batch of more nodes than this is passed over, as in the authors' code.
+# A meta-batch of up to 8 architectures with more nodes than this is passed over, as in the authors'
+# code; of more architectures, with more than so many for every 8.
 MAX_NODES = 2200
 
 
@@ -38,8 +38,17 @@ class Program(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The architectures that one worker runs, one after another, with tile arrays of their own."""
+    """The architectures that one worker runs, one after another.
 
+    Attributes:
+      members: their positions in the meta-batch.
+      graph: their graphs, padded to one.
+      rows: the nodes of that graph that need each kind of tile.
+      programs: the architectures for the executor, in the order of `members`.
+    """
+
+    members: tuple[int, ...]
+    graph: jraph.GraphsTuple
     rows: TileRows
     programs: tuple[Program, ...]
 
@@ -48,14 +57,12 @@ class MetaBatch(NamedTuple):
     """What one update needs to know about its architectures.
 
     Attributes:
-      graph: all graphs, padded to one.
-      groups: the architectures divided between workers.
+      groups: the architectures divided between workers: those of this process.
       nodes: number of nodes of all graphs.
-      architectures: the architectures themselves, in the order given.
+      architectures: all of them, in the order given.
       position: where the stream of architectures goes on after this meta-batch.
     """
 
-    graph: jraph.GraphsTuple
     groups: tuple[Group, ...]
     nodes: int
     architectures: tuple[Architecture, ...]
@@ -112,16 +119,55 @@ def _cost(wiring: Wiring) -> float:
     return cost
 
 
-def _divide(costs: Sequence[float], n_groups: int) -> list[list[int]]:
-    """Divides architectures between groups: equally many in each, costs as even as comes easily."""
-    most = -(-len(costs) // n_groups)
+def divide(costs: Sequence[float], n_groups: int) -> list[list[int]]:
+    """Divides architectures between groups so that the largest cost of a group is small.
+
+    The most expensive first, each to the group with the least so far. Groups may differ in how many
+    they get, but each gets one at least, and none more than twice its share, which bounds the
+    arrays that they are padded to.
+    """
+    most = 2 * -(-len(costs) // n_groups)
     groups: list[list[int]] = [[] for _ in range(n_groups)]
     totals = [0.0] * n_groups
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        g = min((g for g in range(n_groups) if len(groups[g]) < most), key=totals.__getitem__)
+        free = (g for g in range(n_groups) if len(groups[g]) < most)
+        g = min(free, key=lambda g: (totals[g], len(groups[g])))
         groups[g].append(i)
         totals[g] += costs[i]
     return [sorted(g) for g in groups]
+
+
+def _pad_graph(graphs: Sequence[Graph], share: int, graph_nodes: int) -> jraph.GraphsTuple:
+    """A group's graphs as one, of a size that does not depend on how many there are."""
+    nodes = sum(map(len, graphs))
+    edges = sum(len(g.edges) for g in graphs)
+    # Static sizes that nearly every group of this share fits.
+    room = graph_nodes * next_power_of_two(share)
+    graph = pad_graphs(
+        graphs,
+        n_node=room if nodes < room else next_power_of_two(nodes + 1),
+        n_edge=next_power_of_two(max(edges, 64 * room)),
+        n_step=None,
+    )
+    return graph._replace(n_node=graph.n_node.sum(keepdims=True),
+                          n_edge=graph.n_edge.sum(keepdims=True))  # fmt: skip
+
+
+def _make_group(
+    ghn: GHN, members, architectures, wirings, share, *, image_size, graph_nodes, capacity
+):
+    graphs = [ghn.graph(architectures[i], image_size=image_size) for i in members]
+    rows, names = tile_rows(graphs, _row_capacity(image_size, share))
+    spare = len(rows.nodes[TileKind("vector")]) - 1
+    programs = []
+    for i, row_of in zip(members, names, strict=True):
+        bucket = Bucket.of(wirings[i])
+        needed = needed_capacity(wirings[i])
+        room = common_capacity([needed] if capacity is None else [needed, capacity])
+        table = compile_instructions(wirings[i], bucket, room, row_of, spare, ghn.normalise)
+        programs.append(Program(bucket, room, table))
+    graph = _pad_graph(graphs, share, graph_nodes)
+    return Group(tuple(members), graph, rows, tuple(programs)), [len(g) for g in graphs]
 
 
 def make_meta_batch(
@@ -130,6 +176,7 @@ def make_meta_batch(
     *,
     image_size: int,
     n_groups: int = 1,
+    local: range | None = None,
     graph_nodes: int = 288,
     capacity: Capacity | None = None,
     position: int = 0,
@@ -140,48 +187,39 @@ def make_meta_batch(
       ghn: the hypernetwork that will predict their parameters.
       architectures: the meta-batch.
       image_size: height and width of the images, in pixels.
-      n_groups: number of workers that will run them.
-      graph_nodes: nodes that the padded graph has room for, for each architecture; where that does
-        not suffice, it grows.
+      n_groups: number of workers that will run them, of all processes.
+      local: which of the groups this process prepares; all if not given.
+      graph_nodes: nodes that a group's padded graph has room for, for each architecture of an even
+        share; where that does not suffice, it grows.
       capacity: room that every architecture's program has at least, so that it is the same for all
         that fit; None for what each needs.
       position: stored in the result.
 
     Raises:
-      ValueError: an architecture is beyond the decoders or the executor.
+      ValueError: there are fewer architectures than groups, or one is beyond the decoders or the
+        executor.
     """
-    graphs = [ghn.graph(arch, image_size=image_size) for arch in architectures]
-    wirings = [wire(a, num_classes=ghn.num_classes, image_size=image_size) for a in architectures]
-    nodes = sum(map(len, graphs))
-    edges = sum(len(g.edges) for g in graphs)
-    # A static size that nearly every meta-batch of this many architectures fits.
-    n_node = graph_nodes * next_power_of_two(len(graphs))
-    offsets = np.cumsum([0] + [len(g) for g in graphs])
-    groups = []
-    n_groups = min(n_groups, len(graphs))
-    for members in _divide([_cost(w) for w in wirings], n_groups):
-        most = -(-len(graphs) // n_groups)
-        rows, names = tile_rows([graphs[i] for i in members], _row_capacity(image_size, most))
-        group_offsets = np.concatenate([np.arange(len(graphs[i])) + offsets[i] for i in members])
-        rows = rows._replace(
-            nodes={kind: group_offsets[n].astype(np.int32) for kind, n in rows.nodes.items()}
+    if n_groups > len(architectures):
+        raise ValueError(
+            f"{len(architectures)} architectures cannot be divided between {n_groups} groups; give "
+            "as many or more"
         )
-        spare = len(rows.nodes[TileKind("vector")]) - 1
-        programs = []
-        for i, row_of in zip(members, names, strict=True):
-            bucket = Bucket.of(wirings[i])
-            needed = needed_capacity(wirings[i])
-            room = common_capacity([needed] if capacity is None else [needed, capacity])
-            table = compile_instructions(wirings[i], bucket, room, row_of, spare, ghn.normalise)
-            programs.append(Program(bucket, room, table))
-        groups.append(Group(rows, tuple(programs)))
-    graph = pad_graphs(
-        graphs,
-        n_node=n_node if nodes < n_node else next_power_of_two(nodes + 1),
-        n_edge=next_power_of_two(max(edges, 64 * n_node)),
-        n_step=None,
-    )
-    return MetaBatch(graph, tuple(groups), nodes, tuple(architectures), position)
+    wirings = [wire(a, num_classes=ghn.num_classes, image_size=image_size) for a in architectures]
+    costs = [_cost(w) for w in wirings] if n_groups > 1 else [0.0] * len(wirings)
+    divided = divide(costs, n_groups)
+    share = -(-len(architectures) // n_groups)
+    sizes: dict[int, int] = {}
+    groups = []
+    for members in divided if local is None else divided[local.start : local.stop]:
+        group, nodes = _make_group(
+            ghn, members, architectures, wirings, share,
+            image_size=image_size, graph_nodes=graph_nodes, capacity=capacity,
+        )  # fmt: skip
+        groups.append(group)
+        sizes.update(zip(members, nodes, strict=True))
+    # Of architectures that other processes prepare, only the number of nodes matters here.
+    nodes = sum(sizes[i] if i in sizes else count_nodes(w) for i, w in enumerate(wirings))
+    return MetaBatch(tuple(groups), nodes, tuple(architectures), position)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +227,12 @@ class Stream:
     """An endless stream of meta-batches; meta-batch after meta-batch a pure function of `start`.
 
     Attributes:
-      ghn, image_size, n_groups, graph_nodes: see `make_meta_batch`.
+      ghn, image_size, n_groups, local, graph_nodes: see `make_meta_batch`. Which architectures
+        come, and in which order, does not depend on the groups.
       architecture: position -> the architecture at that position of the stream.
       size: architectures in a meta-batch.
-      max_nodes: meta-batches with more nodes are passed over.
+      max_nodes: meta-batches with more nodes for every 8 architectures (or part of 8) are passed
+        over.
     """
 
     ghn: GHN
@@ -200,6 +240,7 @@ class Stream:
     size: int
     image_size: int
     n_groups: int = 1
+    local: range | None = None
     graph_nodes: int = 288
     max_nodes: int = MAX_NODES
 
@@ -221,9 +262,10 @@ class Stream:
                 architectures,
                 image_size=self.image_size,
                 n_groups=self.n_groups,
+                local=self.local,
                 graph_nodes=self.graph_nodes,
                 capacity=self.capacity,
                 position=position,
             )
-            if batch.nodes <= self.max_nodes:
+            if batch.nodes <= self.max_nodes * -(-self.size // 8):
                 yield batch

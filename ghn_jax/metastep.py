@@ -1,8 +1,16 @@
-"""One update of the hypernetwork on a meta-batch (paper Eq. 2, § 4.3).
+"""One update of the hypernetwork on a meta-batch (paper Eq. 2, § 4.3), on a mesh of devices.
 
-The graphs are encoded once; each group of architectures decodes its tiles and runs its
-architectures one after another, each as data to its bucket's program; the tiles' cotangents go back
-through the decoders and the encoder. Groups run in parallel.
+The architectures of a meta-batch are divided between groups, one or more for each row of the mesh.
+A group does everything for its own: it encodes their graphs, decodes their tiles, runs them one
+after another, each as data to its bucket's program, and takes the tiles' cotangents back through
+decoders and encoder. Groups run from threads of their own: rows run different programs at the same
+time, and XLA's loops of a length that is data keep the thread that started them busy on GPUs.
+
+Images are divided between the devices of a row. What they exchange is the statistics of batch norm,
+nothing else: cotangents of tiles, and what they become in decoders and encoder, are linear in the
+images' shares of the loss, so every device takes its images' share back to the parameters by
+itself. One all-reduce over the whole mesh then adds up one vector of each device: loss, accuracy
+and the gradient of all parameters.
 """
 
 from __future__ import annotations
@@ -13,16 +21,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ghn_jax.compilation import crowded, executor_options
 from ghn_jax.executor import run
-from ghn_jax.executor.bucket import MAX_HIDDEN, Bucket, Capacity
+from ghn_jax.executor.bucket import MAX_HIDDEN, Bucket
 from ghn_jax.executor.program import Instructions
 from ghn_jax.executor.run import Arenas, Tiles
 from ghn_jax.executor.tiles import decode_tiles
 from ghn_jax.ghn import GHN
-from ghn_jax.metabatch import Group, MetaBatch, Program
+from ghn_jax.mesh import ARCH, DATA, Row, local_rows, make_mesh
+from ghn_jax.metabatch import Group, MetaBatch
+from ghn_jax.row_programs import RowFunction, RowPrograms
 
 
 class TrainState(NamedTuple):
@@ -54,24 +69,40 @@ def _loss(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
+def _dropout(key: jax.Array, images: int, axis: str | None) -> jax.Array:
+    """(images, MAX_HIDDEN) factors 0 or 2 for this device's images, of one draw for all images."""
+    here, parts = (0, 1) if axis is None else (lax.axis_index(axis), lax.axis_size(axis))
+    keep = jax.random.bernoulli(key, 0.5, (images * parts, MAX_HIDDEN))
+    return 2.0 * lax.dynamic_slice_in_dim(keep, here * images, images).astype(jnp.float32)
+
+
 def _run_one(
     bucket: Bucket,
     normalise: bool,
     smoothing: float,
+    axis: str | None,
     tiles: Tiles,
     dtiles: Tiles,
     arenas: Arenas,
+    totals: jax.Array,
     table: Instructions,
     images: jax.Array,
     labels: jax.Array,
     key: jax.Array,
+    step: jax.Array,
+    member: jax.Array,
     weight: jax.Array,
 ):
-    """Loss, accuracy and tile cotangents (times `weight`) of one architecture."""
-    values, features = run.forward(bucket, normalise, tiles, table, images, arenas.values)
+    """Runs one architecture on this device's images.
+
+    Adds its loss and accuracy, times `weight`, to the (2,) `totals`, and writes its cotangents of
+    tiles; the arenas are memory to work in. Random numbers depend on the update and on the
+    architecture's place in the meta-batch.
+    """
+    values, features = run.forward(bucket, normalise, tiles, table, images, arenas.values, axis)
     arenas = arenas._replace(values=values)
-    keep = jax.random.bernoulli(key, 0.5, (len(images), MAX_HIDDEN))
-    dropout = 2.0 * keep.astype(jnp.float32)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), member)
+    dropout = _dropout(key, len(images), axis)
 
     def head_loss(features, weights):
         logits = run.head(normalise, weights, table, features, dropout)
@@ -81,16 +112,35 @@ def _run_one(
     dfeatures, dhead = vjp(weight)
     top1 = (logits.argmax(-1) == labels).mean()
     gradients, dtiles = run.backward(
-        bucket, normalise, tiles, table, images, arenas, dfeatures, dtiles
+        bucket, normalise, tiles, table, images, arenas, dfeatures, dtiles, axis
     )
-    arenas = arenas._replace(gradients=gradients)
-    return loss, top1, run.save_head_tiles(dtiles, table, dhead), arenas
+    totals += weight * jnp.stack([loss, top1])
+    dtiles = run.save_head_tiles(dtiles, table, dhead)
+    return dtiles, arenas._replace(gradients=gradients), totals
 
 
-def _signature(program: Program, tiles: Tiles, images: jax.Array):
-    """What an executor's program depends on."""
-    shapes = tuple((kind, tile.shape) for kind, tile in sorted(tiles.items()))
-    return program.bucket, program.capacity, shapes, images.shape
+def _zeros_like(tiles: Tiles) -> Tiles:
+    return jax.tree.map(jnp.zeros_like, tiles)
+
+
+def _decode(ghn: GHN, params, states, rows):
+    return decode_tiles(ghn, {"params": params}, states, rows)
+
+
+def _decode_backward(ghn: GHN, params, states, rows, dtiles):
+    _, vjp = jax.vjp(lambda p, s: _decode(ghn, p, s, rows), params, states)
+    return vjp(dtiles)
+
+
+def _encode(ghn: GHN, params, graph):
+    return ghn.apply({"params": params}, graph)
+
+
+def _encode_backward(ghn: GHN, params, graph, dparams, dstates, totals):
+    """The (2 + P,) vector that is added up over all devices; `dparams` came with the decoders."""
+    _, vjp = jax.vjp(lambda p: _encode(ghn, p, graph), params)
+    gradient = jax.tree.map(jnp.add, dparams, *vjp(dstates))
+    return jnp.concatenate([totals, ravel_pytree(gradient)[0]])
 
 
 class MetaStep:
@@ -99,6 +149,8 @@ class MetaStep:
     Args:
       ghn: the hypernetwork.
       optimizer: an optax transformation; see `train/` for the paper's.
+      mesh: the devices, from `mesh.make_mesh`; JAX's first device if not given. Every process calls
+        the step with the same arguments, but for the groups of its own rows.
       smoothing: label smoothing.
       seed: of the dropout in networks with two fully connected layers.
     """
@@ -108,46 +160,52 @@ class MetaStep:
         ghn: GHN,
         optimizer: optax.GradientTransformation,
         *,
+        mesh: Mesh | None = None,
         smoothing: float = 0.0,
         seed: int = 0,
     ):
         self.ghn, self.optimizer, self.smoothing = ghn, optimizer, smoothing
-        self.key = jax.random.key(seed)
-        self._workspace: dict[int, Tiles] = {}
-        self._arenas: dict[int, tuple[tuple, Arenas]] = {}
-        self._programs: dict[Any, Any] = {}
-        self._encode = jax.jit(self._encode_with_vjp)
-        self._decode = jax.jit(lambda params, *args: decode_tiles(ghn, {"params": params}, *args))
-        self._decode_backward = jax.jit(self._decode_vjp)
-        self._run = jax.jit(
+        self.mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+        self.rows = local_rows(self.mesh)
+        self.replicated = NamedSharding(self.mesh, P())
+        self.key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        # By group: cotangents of tiles, of which rows in use are written before they are read, and
+        # arenas.
+        self._dtiles: dict[int, Tiles] = {}
+        self._arenas: dict[int, Arenas] = {}
+        self._programs, self._programs_seen = RowPrograms(), 0
+        same, part = P(), P(DATA)
+        self._encode = RowFunction(_encode, (same, same), same)
+        self._decode = RowFunction(_decode, (same, same, same), same)
+        self._new_dtiles = RowFunction(_zeros_like, (same,), part)
+        self._new_arenas = RowFunction(Arenas.zeros, (), part)
+        self._run = RowFunction(
             _run_one,
-            static_argnums=(0, 1, 2),
-            donate_argnums=(4, 5),
-            compiler_options=executor_options(),
+            (same, part, part, part, same, part, part, same, same, same, same),
+            (part, part, part),
+            donate=(1, 2),
+            options=executor_options(),
         )
-        self._apply = jax.jit(self._apply_gradients, donate_argnums=0)
+        self._decode_backward = RowFunction(_decode_backward, (same, same, same, part), part)
+        self._encode_backward = RowFunction(_encode_backward, (same, same, part, part, part), part)
+        self._init = jax.jit(self._make_state, out_shardings=self.replicated)
+        self._apply = jax.jit(self._apply_gradient, donate_argnums=0, out_shardings=self.replicated)
 
     def init(self, seed: int) -> TrainState:
-        """The state before the first update, a pure function of the seed."""
+        """The state before the first update, a pure function of the seed; on every device."""
+        return self._init(seed)
+
+    def _make_state(self, seed) -> TrainState:
         params = self.ghn.init_variables(seed)["params"]
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def _encode_with_vjp(self, params, graph):
-        return jax.vjp(lambda p: self.ghn.apply({"params": p}, graph), params)
-
-    def _decode_vjp(self, params, states, rows, dtiles):
-        _, vjp = jax.vjp(
-            lambda p, s: decode_tiles(self.ghn, {"params": p}, s, rows), params, states
-        )
-        return vjp(dtiles)
-
-    def _apply_gradients(self, state: TrainState, encode_vjp, gradients, losses, top1s):
-        (from_encoder,) = encode_vjp(sum(dstates for _, dstates in gradients))
-        grads = functools.reduce(
-            functools.partial(jax.tree.map, jnp.add), [g for g, _ in gradients], from_encoder
-        )
+    def _apply_gradient(self, state: TrainState, vectors: list[jax.Array]):
+        """Adds up (devices * (2 + P),) vectors, in which every device has its own, and updates."""
+        devices = self.mesh.size
+        total = sum(vectors).reshape(devices, -1).sum(0)
+        loss, top1 = total[:2]
+        grads = ravel_pytree(state.params)[1](total[2:])
         norm = optax.global_norm(grads)
-        loss = jnp.stack(losses).mean()
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -157,69 +215,55 @@ class MetaStep:
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        metrics = Metrics(loss, jnp.stack(top1s).mean(), norm, finite)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1), Metrics(loss, top1, norm, finite)
 
-    def _workspace_for(self, index: int, tiles: Tiles) -> Tiles:
-        """Tile cotangents to write into: rows in use are always written before they are read."""
-        space = self._workspace.pop(index, None)
-        shapes = jax.tree.map(jnp.shape, tiles)
-        if space is None or jax.tree.map(jnp.shape, space) != shapes:
-            space = jax.tree.map(jnp.zeros_like, tiles)
-        return space
+    def _on_row(self, row: Row, tree):
+        """A replicated tree's copies on a row's devices, which are not copied again."""
 
-    def _arenas_for(self, index: int, capacity: Capacity, batch_size: int) -> Arenas:
-        """A worker's arenas, of the lengths that a program is compiled for."""
-        lengths, arenas = self._arenas.pop(index, (None, None))
-        if lengths != (capacity.values, capacity.gradients, batch_size):
-            arenas = Arenas.zeros(capacity, batch_size)
-        return arenas
-
-    def _compile(self, batch: MetaBatch, tiles: list[Tiles], images, labels) -> None:
-        """Compiles what the batch needs and no batch before it did, two programs at a time.
-
-        Here and not at the first call, or two groups would compile one program twice.
-        """
-        needed = {}
-        for group, group_tiles in zip(batch.groups, tiles, strict=True):
-            for program in group.programs:
-                needed[_signature(program, group_tiles, images)] = (program, group_tiles)
-        missing = {key: needed[key] for key in needed if key not in self._programs}
-        if missing and crowded():
-            # Rare: what is needed again comes back from the cache on disk.
-            self._programs.clear()
-            jax.clear_caches()
-            missing = needed
-
-        def compile_one(item):
-            key, (program, group_tiles) = item
-            arenas = jax.eval_shape(lambda: Arenas.zeros(program.capacity, len(images)))
-            lowered = self._run.lower(
-                program.bucket, self.ghn.normalise, self.smoothing, group_tiles, group_tiles,
-                arenas, program.table, images, labels, self.key, jnp.float32(1),
-            )  # fmt: skip
-            return key, lowered.compile()
-
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            self._programs.update(pool.map(compile_one, missing.items()))
-
-    def _run_group(self, index, group: Group, tiles, params, states, images, labels, key, weight):
-        dtiles = self._workspace_for(index, tiles)
-        losses, top1s = [], []
-        for i, program in enumerate(group.programs):
-            run_one = self._programs[_signature(program, tiles, images)]
-            dropout_key = jax.random.fold_in(key, 1000 * index + i)
-            arenas = self._arenas_for(index, program.capacity, len(images))
-            loss, top1, dtiles, arenas = run_one(
-                tiles, dtiles, arenas, program.table, images, labels, dropout_key, weight
+        def view(leaf):
+            copies = {shard.device: shard.data for shard in leaf.addressable_shards}
+            return jax.make_array_from_single_device_arrays(
+                leaf.shape, row.sharding(P()), [copies[d] for d in row.devices]
             )
-            lengths = program.capacity.values, program.capacity.gradients, len(images)
-            self._arenas[index] = lengths, arenas
-            losses.append(loss)
-            top1s.append(top1)
-        gradients = self._decode_backward(params, states, group.rows, dtiles)
-        self._workspace[index] = dtiles
-        return losses, top1s, jax.block_until_ready(gradients)
+
+        return jax.tree.map(view, tree)
+
+    def _memory(self, old, row: Row, new: RowFunction, static: tuple, *arguments):
+        """What a group wrote to before, if it is of the size that is needed; else new memory."""
+        zeros = jax.eval_shape(functools.partial(new.function, *static), *arguments)
+        shapes = jax.tree.map(lambda x: (row.mesh.size * len(x), *x.shape[1:]), zeros)
+        if old is None or jax.tree.map(jnp.shape, old) != shapes:
+            return self._programs(row, new, static, *arguments)
+        return old
+
+    def _run_group(self, index: int, row: Row, group: Group, params, step, images, labels, count):
+        """The vector of a group's architectures, on each of its row's devices."""
+        call = functools.partial(self._programs, row)
+        ghn = (self.ghn,)
+        states = call(self._encode, ghn, params, group.graph)
+        tiles = call(self._decode, ghn, params, states, group.rows)
+        totals = np.zeros(2 * row.mesh.size, np.float32)
+        # Of the mean over all architectures and over all of the row's devices.
+        weight = np.float32(1 / (count * row.mesh.size))
+        static = (self.ghn.normalise, self.smoothing, row.axis)
+        dtiles = self._memory(self._dtiles.pop(index, None), row, self._new_dtiles, (), tiles)
+        for member, program in zip(group.members, group.programs, strict=True):
+            room = (program.capacity, len(images) // row.mesh.size)
+            arenas = self._memory(self._arenas.pop(index, None), row, self._new_arenas, room)
+            dtiles, self._arenas[index], totals = call(
+                self._run, (program.bucket, *static), tiles, dtiles, arenas, totals, program.table,
+                images, labels, self.key, step, np.int32(member), weight,
+            )  # fmt: skip
+        dparams, dstates = call(self._decode_backward, ghn, params, states, group.rows, dtiles)
+        self._dtiles[index] = dtiles
+        return call(self._encode_backward, ghn, params, group.graph, dparams, dstates, totals)
+
+    def _whole(self, vectors: list[jax.Array]) -> jax.Array:
+        """One array over the mesh of what its rows' devices have, row after row."""
+        parts = [shard.data for vector in vectors for shard in vector.addressable_shards]
+        return jax.make_array_from_single_device_arrays(
+            (self.mesh.size * len(parts[0]),), NamedSharding(self.mesh, P((ARCH, DATA))), parts
+        )
 
     def __call__(
         self, state: TrainState, batch: MetaBatch, images: jax.Array, labels: jax.Array
@@ -228,31 +272,48 @@ class MetaStep:
 
         Args:
           state: donated.
-          batch: the architectures.
-          images: (B, H, W, 3) float32 normalised images.
+          batch: the architectures, in as many groups as this process has rows; or a multiple, where
+            a row is one device.
+          images: (B, H, W, 3) float32 normalised images, all of them in every process.
           labels: (B,) int32 classes.
 
         Returns:
-          The new state, and the update's metrics (arrays on the device).
-        """
-        images, labels = jnp.asarray(images), jnp.asarray(labels)
-        states, encode_vjp = self._encode(state.params, batch.graph)
-        count = sum(len(group.programs) for group in batch.groups)
-        key = jax.random.fold_in(self.key, state.step)
-        weight = jnp.float32(1 / count)
+          The new state, and the update's metrics (arrays on all devices).
 
-        tiles = [self._decode(state.params, states, group.rows) for group in batch.groups]
-        self._compile(batch, tiles, images, labels)
+        Raises:
+          ValueError: the groups or the images cannot be divided between the rows.
+        """
+        workers, left = divmod(len(batch.groups), len(self.rows))
+        columns = self.mesh.shape[DATA]
+        # Groups that share several devices would wait for each other's exchanges for ever.
+        if left or not workers or (workers > 1 and columns > 1):
+            allowed = "as many" if columns > 1 else "a multiple"
+            raise ValueError(
+                f"the meta-batch has {len(batch.groups)} groups for {len(self.rows)} rows of "
+                f"{columns} devices; allowed: {allowed}"
+            )
+        if len(images) % columns:
+            raise ValueError(
+                f"{len(images)} images cannot be divided between {columns} devices; allowed: a "
+                "multiple"
+            )
+        if self._programs.count > self._programs_seen and crowded():
+            # Rare: what is needed again comes back from the cache on disk.
+            self._programs.clear()
+            jax.clear_caches()
+        self._programs_seen = self._programs.count
+
+        rows = []
+        for row in self.rows:
+            data = jax.device_put((images, labels), row.sharding(P(DATA)))
+            rows.append((row, self._on_row(row, state.params), self._on_row(row, state.step), data))
+        count = len(batch.architectures)
 
         def run_group(index):
-            return self._run_group(
-                index, batch.groups[index], tiles[index], state.params, states, images, labels, key,
-                weight,
-            )  # fmt: skip
+            row, params, step, (images, labels) = rows[index // workers]
+            group = batch.groups[index]
+            return self._run_group(index, row, group, params, step, images, labels, count)
 
         with concurrent.futures.ThreadPoolExecutor(len(batch.groups)) as pool:
-            results = list(pool.map(run_group, range(len(batch.groups))))
-        losses = [loss for result in results for loss in result[0]]
-        top1s = [top1 for result in results for top1 in result[1]]
-        gradients = [result[2] for result in results]
-        return self._apply(state, encode_vjp, gradients, losses, top1s)
+            vectors = list(pool.map(run_group, range(len(batch.groups))))
+        return self._apply(state, [self._whole(vectors[w::workers]) for w in range(workers)])

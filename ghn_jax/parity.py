@@ -195,7 +195,7 @@ def _executor_loss(ghn: GHN, arch: Architecture, images, labels):
     (program,) = group.programs
 
     def loss(variables):
-        states = ghn.apply(variables, batch.graph)
+        states = ghn.apply(variables, batch.groups[0].graph)
         tiles = decode_tiles(ghn, variables, states, group.rows)
         logits = execute(
             program.bucket, program.capacity, ghn.normalise, tiles, program.table, images

@@ -36,14 +36,18 @@ class TrainConfig:
     n_cells: tuple[int, int] = RULES["train"].n_cells  # least and most cells
     nodes: tuple[int, int] = RULES["train"].nodes  # least and most nodes in a cell
     norm: str = "mixed"  # mixed: batch norm in most networks, as in the paper; or always, never
-    max_nodes: int = 2200  # meta-batches with more graph nodes are passed over
+    max_nodes: int = 2200  # meta-batches with more graph nodes for every 8 are passed over
     graph_nodes: int = 288  # nodes that padded graphs have room for, for each architecture
     tile_channels: int = 64  # channels of the largest kernel that the decoder makes (C of B.1)
     virtual_edges: int = 50  # longest virtual edge (s^(max), Eq. 4); 1 for none
     virtual_includes_real: bool = False  # as the authors' code, to exchange weights with it
     seed: int = 0  # of parameters, images, architectures and dropout
     save_every: int = 200  # updates between checkpoints
-    workers: int = 2  # architectures that run at once on a CPU
+    workers: int = 2  # architectures that run at once on a CPU, where it is one device
+    mesh: str | None = None  # arch=ROWS,data=COLUMNS of devices; default: all on arch
+    coordinator: str | None = None  # HOST:PORT of process 0, or auto (Slurm, MPI, GKE, Cloud TPU)
+    process_id: int | None = None  # this process, from 0, with a coordinator given by hand
+    num_processes: int | None = None  # how many there are
     cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs are kept here between runs
 
     def rules(self, image_size: int) -> Rules:

@@ -23,7 +23,9 @@ from ghn_jax.executor.program import (
     Instructions,
     compile_instructions,
     fits,
+    give_places,
     kinds_of,
+    list_steps,
     needed_capacity,
     tile_rows,
 )
@@ -147,17 +149,8 @@ def tile_shape(ghn: GHN, kind: TileKind) -> tuple[int, ...]:
 
 
 def common_capacity(cases: list[Case]) -> Capacity:
-    needs = [needed_capacity(case.wiring) for case in cases]
-
-    def most(slots):
-        return tuple(map(max, zip(*slots, strict=True)))
-
-    return Capacity(
-        most(n.values for n in needs),
-        most(n.gradients for n in needs),
-        max(n.instructions for n in needs),
-        max(n.parts for n in needs),
-    )
+    needs = [dataclasses.astuple(needed_capacity(case.wiring)) for case in cases]
+    return Capacity(*map(max, zip(*needs, strict=True)))
 
 
 def nodes_by_kind(graph: Graph) -> dict[TileKind, list[int]]:
@@ -224,18 +217,20 @@ class Group:
         if self.bucket.multiplier == 1:
             logits, vjp = jax.vjp(lambda t: self.execute(t, table, images, dropout), tiles)
             return logits, vjp(cotangent)[0]
-        # The way that training takes, into arrays that hold an older batch's cotangents: whatever
-        # is read before it is written turns into NaN.
+        # The way that training takes, into memory that holds another architecture's states and
+        # cotangents: whatever is read before it is written turns into NaN.
         self.traces += 1
-        static = self.bucket, self.capacity, self.normalise
-        dtiles = jax.tree.map(lambda tile: jnp.full_like(tile, jnp.nan), tiles)
-        values, x = run.forward(*static, tiles, table, images)
+        static = self.bucket, self.normalise
+        arenas = run.Arenas.zeros(self.capacity, len(images))
+        dtiles, arenas = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), (tiles, arenas))
+        values, x = run.forward(*static, tiles, table, images, arenas.values)
         logits, vjp = jax.vjp(
             lambda x, weights: run.head(self.normalise, weights, table, x, dropout),
             x, run.head_tiles(tiles, table),
         )  # fmt: skip
         dx, dhead = vjp(cotangent)
-        dtiles = run.backward(*static, tiles, table, images, values, dx, dtiles)
+        arenas = arenas._replace(values=values)
+        _, dtiles = run.backward(*static, tiles, table, images, arenas, dx, dtiles)
         return logits, run.save_head_tiles(dtiles, table, dhead)
 
 
@@ -433,16 +428,38 @@ def test_room_to_spare_changes_nothing():
     roomy = Group(
         group.bucket,
         CASES[group.bucket],
-        capacity=Capacity(
-            tuple(n + 3 for n in c.values), tuple(n + 2 for n in c.gradients), c.instructions + 7,
-            c.parts + 2,
-        ),
-    )  # fmt: skip
+        capacity=Capacity(c.values + 301, c.gradients + 57, c.instructions + 7, c.parts + 2),
+    )
     results = []
     for g in (group, roomy):
         prepared = g.prepare(case)
         results.append(g.gradient(prepared.tiles, prepared.table, IMAGES, COTANGENT))
     assert_trees_close(*results)
+
+
+def test_places_of_states_do_not_overlap():
+    """A state has its place to itself for as long as it is needed."""
+    for case in ALL[::5]:
+        steps, planes = list_steps(case.wiring, case.bucket)
+        places = give_places(steps, planes, case.bucket, case.wiring.norm)
+        values = np.zeros(places.values, int)
+        for i, step in enumerate(steps):
+            if step.target is not None:
+                units = case.bucket.units(planes[step.target])
+                if i in places.kept:
+                    values[places.kept[i] : places.kept[i] + units] += 1
+                if step.target not in [s.target for s in steps[:i]]:
+                    values[places.value[step.target] :][:units] += 1
+        assert (values == 1).all()
+        gradients = np.full(places.gradients, -1)  # whose cotangent is where, walking back
+        for step in reversed(steps):
+            if step.target is not None:
+                units = case.bucket.units(planes[step.target])
+                assert (gradients[places.gradient[step.target] :][:units] == step.target).all()
+            for state, _ in step.sources:
+                if state != 0:
+                    units = case.bucket.units(planes[state])
+                    gradients[places.gradient[state] :][:units] = state
 
 
 # --- What surrounds the programs ------------------------------------------------------------------
@@ -467,15 +484,8 @@ def test_least_capacity_is_the_least():
     capacity = needed_capacity(case.wiring)
     _, (rows,) = tile_rows([case.graph], {})
     compile_instructions(case.wiring, case.bucket, capacity, rows, 0)
-    used = next(i for i, n in enumerate(capacity.values) if n)
-    less = [n - (i == used) for i, n in enumerate(capacity.values)]
-    for changes in (
-        {"values": tuple(less)},
-        {"gradients": tuple(max(n - 1, 0) for n in capacity.gradients)},
-        {"instructions": capacity.instructions - 1},
-        {"parts": capacity.parts - 1},
-    ):
-        small = dataclasses.replace(capacity, **changes)
+    for field, size in dataclasses.asdict(capacity).items():
+        small = dataclasses.replace(capacity, **{field: size - 1})
         with pytest.raises(ValueError, match="raise the capacity"):
             compile_instructions(case.wiring, case.bucket, small, rows, 0)
 
@@ -487,6 +497,7 @@ def test_least_capacity_is_the_least():
         ({"ks": 9}, "given ks=9"),
         ({"fc_layers": 3}, "1 or 2 fully connected layers, given 3"),
         ({"fc_layers": 2, "fc_dim": MAX_HIDDEN + 1}, "512 hidden units or less, given fc_dim=513"),
+        ({"C": 12}, "multiples of 8, given C=12"),
     ],
 )
 def test_what_the_executor_cannot_run(changes, message):

@@ -1,6 +1,7 @@
 """Updates of the hypernetwork, the training program, and what it leaves on disk."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -14,9 +15,11 @@ from ghn_jax.architecture import Architecture
 from ghn_jax.checkpoint import load_ghn
 from ghn_jax.compilation import CompilationCounter, executor_options
 from ghn_jax.executor.bucket import Bucket
+from ghn_jax.executor.program import needed_capacity
 from ghn_jax.ghn import GHN
 from ghn_jax.images import load_images
-from ghn_jax.metabatch import Stream, make_meta_batch
+from ghn_jax.mesh import make_mesh
+from ghn_jax.metabatch import Stream, common_capacity, make_meta_batch
 from ghn_jax.metastep import MetaStep
 from ghn_jax.network import build_network
 from ghn_jax.presets import PRESETS, preset
@@ -43,6 +46,7 @@ def attention_networks(count: int) -> list[Architecture]:
 
 
 ARCHITECTURES = attention_networks(8)
+ROOM = common_capacity(needed_capacity(wire(arch, image_size=SIZE)) for arch in ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def sgd():
 
 
 def meta_batch(architectures, **options):
-    return make_meta_batch(GHN_, architectures, image_size=SIZE, **options)
+    return make_meta_batch(GHN_, architectures, image_size=SIZE, capacity=ROOM, **options)
 
 
 def test_an_update_is_the_gradient_of_the_mean_loss_of_the_modules(sgd, batch):
@@ -100,6 +104,33 @@ def test_workers_share_the_architectures_and_the_result_is_the_same(sgd, batch):
                  one.params, two.params)  # fmt: skip
 
 
+@pytest.mark.parametrize(("mesh", "n_groups"), [("arch=2", 2), ("data=2", 1)])
+def test_two_devices_make_the_update_of_one(mesh, n_groups, sgd, batch):
+    # With dropout; as many architectures a group as in the tests above.
+    architectures = [a.replace(fc_layers=2) for a in ARCHITECTURES[: 2 * n_groups]]
+    one, alone = sgd(sgd.init(0), meta_batch(architectures, n_groups=n_groups), *batch)
+    step = MetaStep(GHN_, optax.sgd(1.0), mesh=make_mesh(mesh))
+    two, shared = step(step.init(0), meta_batch(architectures, n_groups=n_groups), *batch)
+    assert float(alone.loss) == pytest.approx(float(shared.loss), rel=1e-5)
+    assert float(alone.top1) == float(shared.top1)
+    assert float(alone.grad_norm) == pytest.approx(float(shared.grad_norm), rel=1e-4)
+    start = sgd.init(0).params
+    for before, a, b in zip(*map(jax.tree.leaves, (start, one.params, two.params)), strict=True):
+        a, b, before = map(np.asarray, (a, b, before))
+        worst = np.abs(before - a).max()
+        np.testing.assert_allclose(before - b, before - a, rtol=1e-4, atol=1e-4 * worst)
+    assert len(two.step.sharding.device_set) == 2
+
+
+def test_groups_that_do_not_fit_the_rows(batch):
+    step = MetaStep(GHN_, optax.sgd(1.0), mesh=make_mesh("data=2"))
+    message = "2 groups for 1 rows of 2 devices; allowed: as many"
+    with pytest.raises(ValueError, match=message):
+        step(step.init(0), meta_batch(ARCHITECTURES[:2], n_groups=2), *batch)
+    with pytest.raises(ValueError, match="7 images cannot be divided between 2 devices"):
+        step(step.init(0), meta_batch(ARCHITECTURES[:2]), batch[0][:7], batch[1][:7])
+
+
 def test_what_is_not_finite_changes_nothing(sgd, batch):
     images, labels = batch
     state = sgd.init(0)
@@ -131,10 +162,10 @@ def test_there_is_one_program_for_each_bucket_of_the_papers_architectures():
     ghn, rules = c.ghn(10, 32), c.rules(32)
     seen: dict[Bucket, set] = {}
     rows = set()
-    architectures = [sample_architecture("train", 0, i, rules=rules) for i in range(320)]
-    assert len({json.dumps(a.to_dict()) for a in architectures}) == 320
-    for start in range(0, 320, 8):
-        batch = make_meta_batch(ghn, architectures[start : start + 8], image_size=32, n_groups=2)
+    architectures = [sample_architecture("train", 0, i, rules=rules) for i in range(400)]
+    assert len({json.dumps(a.to_dict()) for a in architectures}) == 400
+    stream = Stream(ghn, architectures.__getitem__, 8, 32, n_groups=2)
+    for batch in itertools.islice(stream.batches(0), 40):
         for group in batch.groups:
             rows.add(tuple((kind, len(nodes)) for kind, nodes in sorted(group.rows.nodes.items())))
             for program in group.programs:
@@ -149,11 +180,14 @@ def test_there_is_one_program_for_each_bucket_of_the_papers_architectures():
 def test_padded_graphs_have_the_room_that_was_asked_for():
     """Static sizes do not depend on the architectures, up to that room."""
     few, many = ARCHITECTURES[:2], ARCHITECTURES[3:5]
-    sizes = [meta_batch(a, graph_nodes=64).graph.nodes["primitive"].shape for a in (few, many)]
-    assert sizes == [(128,), (128,)]
+
+    def size(architectures, graph_nodes):
+        batch = meta_batch(architectures, graph_nodes=graph_nodes)
+        return len(batch.groups[0].graph.nodes["primitive"])
+
+    assert [size(a, 64) for a in (few, many)] == [128, 128]
     nodes = meta_batch(ARCHITECTURES[:2]).nodes
-    grown = meta_batch(ARCHITECTURES[:2], graph_nodes=8).graph.nodes["primitive"]
-    assert nodes < len(grown) < 4 * nodes
+    assert nodes < size(few, 8) < 4 * nodes
 
 
 def test_a_stream_goes_on_where_it_stopped():
@@ -167,7 +201,7 @@ def test_a_stream_goes_on_where_it_stopped():
     assert (first.position, second.position) == (3, 6)
     again = next(stream.batches(first.position))
     assert again.architectures == second.architectures
-    jax.tree.map(np.testing.assert_array_equal, again.graph, second.graph)
+    jax.tree.map(np.testing.assert_array_equal, again.groups[0].graph, second.groups[0].graph)
 
 
 def test_large_meta_batches_are_passed_over():

@@ -7,6 +7,11 @@ Every option of the preset can be changed on the command line. `runs/x/metrics.j
 object for each update, `runs/x/checkpoints` the model, the optimizer and the position in the images
 and architectures; `--resume` goes on exactly where the last checkpoint was. The README states how
 long it takes.
+
+All devices share the work: `--mesh arch=4,data=2` divides the architectures of an update between
+four rows of two devices, which divide the images. On several hosts, run the same command on each,
+with `--coordinator auto` under Slurm or on GKE, otherwise with `--coordinator HOST:PORT
+--process-id I --num-processes N`; `--out` must be a folder that all of them see.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ from ghn_jax.compilation import CompilationCounter, keep_programs
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.images import Images, load_images, prefetch, steps_per_epoch, train_batches
 from ghn_jax.memory import keep_memory
+from ghn_jax.mesh import ARCH, DATA, join_processes, local_rows, make_mesh, parse_mesh
 from ghn_jax.metabatch import MetaBatch, Stream
 from ghn_jax.metastep import MetaStep
 from ghn_jax.presets import PRESETS, TrainConfig, preset
@@ -76,7 +82,10 @@ def architecture_source(config: TrainConfig, image_size: int) -> Callable[[int],
 
 
 def check(config: TrainConfig) -> None:
-    """Raises ValueError for options that cannot work, before any long work."""
+    """Raises ValueError for options that cannot work, before any long work.
+
+    Where there are several processes, after they have been joined.
+    """
     counts = ("epochs", "batch_size", "meta_batch", "save_every", "workers", "max_nodes",
               "graph_nodes", "tile_channels")  # fmt: skip
     for field in counts:
@@ -85,6 +94,17 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"--{field.replace('_', '-')} is {value}; allowed: 1 or more")
     if config.steps is not None and config.steps < 1:
         raise ValueError(f"--steps is {config.steps}; allowed: 1 or more")
+    shape = make_mesh(config.mesh).shape
+    if config.batch_size % shape[DATA]:
+        raise ValueError(
+            f"--batch-size is {config.batch_size}; allowed: multiples of {shape[DATA]}, the "
+            "number of devices that divide the images"
+        )
+    if config.meta_batch < shape[ARCH]:
+        raise ValueError(
+            f"--meta-batch is {config.meta_batch}; allowed: {shape[ARCH]} or more, an architecture "
+            "for each row of devices; or give them to the images, with --mesh data=COLUMNS"
+        )
     latest = Checkpoints(config.out).latest()
     if latest is not None and not config.resume:
         raise ValueError(
@@ -103,41 +123,55 @@ def trim_metrics(path: Path, steps: int) -> None:
         path.write_text("".join(line + "\n" for line in kept))
 
 
+def describe(config: TrainConfig) -> dict:
+    """The options as JSON-ready data, without which of the processes this one is."""
+    launch = ("coordinator", "process_id", "num_processes")
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in launch}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+
+
 def train(config: TrainConfig, images: Images) -> None:
-    """Runs the updates, writes metrics and checkpoints."""
+    """Runs the updates; the first process writes metrics, all of them checkpoints."""
+    first = jax.process_index() == 0
     source = architecture_source(config, images.image_size)
     checkpoints = Checkpoints(config.out)
     per_epoch = steps_per_epoch(images, config.batch_size)
     total = config.steps or config.epochs * per_epoch
     ghn = config.ghn(images.num_classes, images.image_size)
+    mesh = make_mesh(config.mesh)
     step_fn = MetaStep(
         ghn,
         config.optimizer(per_epoch),
+        mesh=mesh,
         smoothing=config.label_smoothing,
         seed=config.seed,
     )
     state, position = step_fn.init(config.seed), 0
     if config.resume:
         like = {"params": state.params, "training": (state.opt_state, state.step)}
-        _, position, trees = checkpoints.load(**like)
+        _, position, trees = checkpoints.load(step_fn.replicated, **like)
         state = type(state)(trees["params"], *trees["training"])
-    else:
-        options = {k: str(v) if isinstance(v, Path) else v
-                   for k, v in dataclasses.asdict(config).items()}  # fmt: skip
-        checkpoints.write_config(ghn, training=options, image_size=images.image_size)
+    elif first:
+        checkpoints.write_config(ghn, training=describe(config), image_size=images.image_size)
     done = int(state.step)
+    # A CPU that is one device is shared by several groups.
+    shared = jax.default_backend() == "cpu" and mesh.size == 1
+    workers = min(config.workers, config.meta_batch) if shared else 1
+    rows = [row.index for row in local_rows(mesh)]
     stream = Stream(
         ghn,
         source,
         size=config.meta_batch,
         image_size=images.image_size,
-        n_groups=config.workers if jax.default_backend() == "cpu" else 1,
+        n_groups=mesh.shape[ARCH] * workers,
+        local=range(rows[0] * workers, (rows[-1] + 1) * workers),
         graph_nodes=config.graph_nodes,
         max_nodes=config.max_nodes,
     )
     counter = CompilationCounter()
-    metrics_path = config.out / "metrics.jsonl"
-    trim_metrics(metrics_path, done)
+    metrics_path = config.out / "metrics.jsonl" if first else Path(os.devnull)
+    if first:
+        trim_metrics(metrics_path, done)
 
     def save(state, position):
         training = (state.opt_state, state.step)
@@ -152,7 +186,9 @@ def train(config: TrainConfig, images: Images) -> None:
         closing(meta_batches),
         closing(image_batches),
         metrics_path.open("a", buffering=1) as log,
-        tqdm(total=total, initial=done, unit="update", dynamic_ncols=True) as bar,
+        tqdm(
+            total=total, initial=done, unit="update", dynamic_ncols=True, disable=not first
+        ) as bar,
     ):
         for step in range(done + 1, total + 1):
             start = time.perf_counter()
@@ -174,20 +210,24 @@ def train(config: TrainConfig, images: Images) -> None:
             log.write(json.dumps(record) + "\n")
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", top1=f"{metrics.top1:.1%}", programs=counter.count)
-            if not metrics.applied:
+            if first and not metrics.applied:
                 bar.write(f"update {step} passed over: loss {loss}, not finite; its architectures "
                           "are left out")  # fmt: skip
             if step % config.save_every == 0 or step == total:
                 save(state, position)
-    bar.write(
-        f"{total} updates; {counter.count} programs, {counter.seconds:.0f} s compiling them. "
-        f"Checkpoint and metrics in {config.out}"
-    )
+    if first:
+        bar.write(
+            f"{total} updates; {counter.count} programs, {counter.seconds:.0f} s compiling them. "
+            f"Checkpoint and metrics in {config.out}"
+        )
 
 
 def main(arguments: list[str]) -> None:
     """Entry point."""
     config = parse(arguments)
+    if config.mesh is not None:
+        parse_mesh(config.mesh)  # before this process waits for others
+    join_processes(config.coordinator, config.process_id, config.num_processes)
     check(config)
     keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
     keep_memory()

@@ -43,6 +43,7 @@ class Context(NamedTuple):
       norm: () bool, whether batch norm follows.
       offset: () int32, first output channel that a stem instruction computes.
       scale: () float32, weight scale where it depends on the number of parts.
+      axis: mesh axis that the images are divided along, if any (static).
     """
 
     channels: int
@@ -51,6 +52,7 @@ class Context(NamedTuple):
     norm: jax.Array
     offset: jax.Array
     scale: jax.Array
+    axis: str | None = None
 
 
 def _kernel(tile, out, in_, context, height=None, width=None, decoder="kernel"):
@@ -82,7 +84,7 @@ def _bias(vector, size, context):
 
 def finish(z: jax.Array, vector: jax.Array, context: Context) -> jax.Array:
     """Batch norm (B, H, W, C) with a (2, 64) tile; the identity where `context.norm` is false."""
-    return kernels.batch_norm(z, *_norm_vectors(vector, context), context.norm)
+    return kernels.batch_norm(z, *_norm_vectors(vector, context), context.norm, context.axis)
 
 
 def _conv(k: int):
@@ -169,7 +171,8 @@ def _stem_double(k: int):
         first = _kernel(tiles[0], c // 2, 3, context, k, k)
         second = _kernel(tiles[1], c, c // 2, context, 3, 3)
         x = kernels.conv(images, first, (each,) * 2)
-        x = kernels.batch_norm(x, *_norm_vectors(vectors[0], context, c // 2), context.norm)
+        scale, bias = _norm_vectors(vectors[0], context, c // 2)
+        x = kernels.batch_norm(x, scale, bias, context.norm, context.axis)
         return kernels.conv(nn.relu(x), second, (each,) * 2)
 
     return branch

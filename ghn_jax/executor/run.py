@@ -80,7 +80,7 @@ def _row(table: Instructions, i) -> Instructions:
     )
 
 
-def _context(kind: Kind, bucket: Bucket, row: Instructions, normalise: bool) -> Context:
+def _context(kind: Kind, bucket: Bucket, row: Instructions, normalise: bool, axis) -> Context:
     return Context(
         channels=bucket.planes[kind.target][1],
         stride=stride_of(kind, bucket),
@@ -88,14 +88,15 @@ def _context(kind: Kind, bucket: Bucket, row: Instructions, normalise: bool) -> 
         norm=row.norm,
         offset=row.channel,
         scale=row.scale,
+        axis=axis,
     )
 
 
 class _Program:
     """The loops over one architecture's instructions: static parts and loop-invariant arrays."""
 
-    def __init__(self, bucket, normalise, tiles: Tiles, table: Instructions, images):
-        self.bucket, self.normalise = bucket, normalise
+    def __init__(self, bucket, normalise, tiles: Tiles, table: Instructions, images, axis):
+        self.bucket, self.normalise, self.axis = bucket, normalise, axis
         self.tiles, self.table, self.images = tiles, table, images
         self.bins = tiles[KERNEL].shape[2]
         # Kinds by the plane they write: they share the batch norm that ends them.
@@ -168,7 +169,7 @@ class _Program:
     def convolve(self, kind: Kind, row: Instructions, values) -> jax.Array:
         """What an instruction computes, up to batch norm."""
         branch = branch_of(kind, self.bucket)
-        context = _context(kind, self.bucket, row, self.normalise)
+        context = _context(kind, self.bucket, row, self.normalise, self.axis)
         kernels = self._kernels(kind, row)
         if branch.part is None:
             source = (
@@ -187,7 +188,7 @@ class _Program:
         return any(branch_of(self.bucket.kinds[k], self.bucket).keep for k in kinds)
 
     def _finish(self, plane: int, row: Instructions, z, vector):
-        context = _context(Kind("", plane, plane), self.bucket, row, self.normalise)
+        context = _context(Kind("", plane, plane), self.bucket, row, self.normalise, self.axis)
         return finish(z, vector, context)
 
     # --- forward ---
@@ -267,7 +268,7 @@ class _Program:
     def _backward_single(self, kind, row, values, dz, carry):
         gradients, dtiles = carry
         apply = branch_of(kind, self.bucket).apply
-        context = _context(kind, self.bucket, row, self.normalise)
+        context = _context(kind, self.bucket, row, self.normalise, self.axis)
         kernels, vectors = self._kernels(kind, row), self._vectors(kind, row)
         if kind.source < 0:
             _, vjp = jax.vjp(lambda k, v: apply(self.images, k, v, context), kernels, vectors)
@@ -283,7 +284,7 @@ class _Program:
     def _backward_parts(self, kind, row, values, dz, carry):
         gradients, dtiles = carry
         part = branch_of(kind, self.bucket).part
-        context = _context(kind, self.bucket, row, self.normalise)
+        context = _context(kind, self.bucket, row, self.normalise, self.axis)
         kernels = self._kernels(kind, row)
         fields = (row.sources, row.offsets, row.source_gradients, row.source_accumulate)
         columns = [jnp.stack(field) for field in fields]
@@ -345,7 +346,7 @@ class Arenas(NamedTuple):
         return cls(*(jnp.zeros(n, jnp.float32) for n in lengths))
 
 
-def forward(bucket, normalise, tiles: Tiles, table: Instructions, images, values):
+def forward(bucket, normalise, tiles: Tiles, table: Instructions, images, values, axis=None):
     """Runs an architecture up to its classifier.
 
     Args:
@@ -354,25 +355,36 @@ def forward(bucket, normalise, tiles: Tiles, table: Instructions, images, values
       table: the architecture.
       images: (B, H, W, 3).
       values: the arena that its states are written to.
+      axis: of a mesh, if `images` are this device's part of the batch that batch norm sees.
 
     Returns:
       (values, features): the arena, and (B, bins) the head's binned input.
     """
-    program = _Program(bucket, normalise, tiles, table, images)
+    program = _Program(bucket, normalise, tiles, table, images, axis)
     features = jnp.zeros((len(images), program.bins), jnp.float32)
     carry = (values, features, program.scratch())
     return program.walk(program.forward_group, carry, reverse=False)[:2]
 
 
 def backward(
-    bucket, normalise, tiles: Tiles, table: Instructions, images, arenas, dfeatures, dtiles
+    bucket,
+    normalise,
+    tiles: Tiles,
+    table: Instructions,
+    images,
+    arenas,
+    dfeatures,
+    dtiles,
+    axis=None,
 ):
     """Writes the cotangents of the tiles that an architecture reads into `dtiles`.
+
+    With the name of a mesh axis, those of this device's images: their sum along it is the whole.
 
     Returns:
       (gradients, dtiles): the arena of cotangents, and those of tiles.
     """
-    program = _Program(bucket, normalise, tiles, table, images)
+    program = _Program(bucket, normalise, tiles, table, images, axis)
     carry = (arenas.gradients, dtiles, program.scratch())
     run_group = functools.partial(program.backward_group, arenas.values, dfeatures)
     return program.walk(run_group, carry, reverse=True)[:2]
