@@ -22,19 +22,14 @@ class TileKind:
 
 
 def tile_kind(graph: Graph, node: int) -> TileKind | None:
-    """The kind of tile that a node's parameter is made from, None for a node without one.
-
-    The last two nodes of a graph are the classifier's weight and bias; they have decoders of their
-    own (B.1).
-    """
+    """The kind of tile that a node's parameter is made from, None for a node without one."""
     shape = graph.param_shapes[node]
     primitive = graph.primitives[node]
     if shape is None or primitive in (PRIMITIVE_ID["max_pool"], PRIMITIVE_ID["avg_pool"]):
         return None
-    if node == len(graph) - 2:
-        return TileKind("classifier")
-    if node == len(graph) - 1:
-        return TileKind("classifier_bias")
+    for decoder, index in zip(("classifier", "classifier_bias"), graph.classifier, strict=False):
+        if node == index % len(graph):
+            return TileKind(decoder)
     if len(shape) == 1:
         return TileKind("vector")
     if len(shape) == 2:
