@@ -6,6 +6,7 @@ params = ghn.predict(variables, arch)
 logits = ghn_jax.build_network(arch).apply({"params": params}, images)
 """
 
+from ghn_jax import zoo
 from ghn_jax.architecture import DARTS, PDARTS, VIT, Architecture, Genotype
 from ghn_jax.checkpoint import load_ghn, save_ghn
 from ghn_jax.counts import count_flops, count_parameters
@@ -46,4 +47,5 @@ __all__ = [
     "save_ghn",
     "save_torch_ghn",
     "to_torch",
+    "zoo",
 ]

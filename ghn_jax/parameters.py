@@ -132,6 +132,16 @@ def parameter_path(name: str) -> tuple[str, ...]:
     return tuple(path)
 
 
+def check_names(have: set[str], want: set[str], what: str) -> None:
+    """Raises ValueError, listing names, unless both sets are the same."""
+    if have != want:
+        missing, unknown = sorted(want - have), sorted(have - want)
+        raise ValueError(
+            f"{what} are not those of the architecture: missing {missing[:5]} "
+            f"({len(missing)} in all), unknown {unknown[:5]} ({len(unknown)} in all)"
+        )
+
+
 def insert(tree: dict, path: tuple[str, ...], value) -> None:
     """Sets tree[path[0]][path[1]]... = value, making the dictionaries on the way."""
     for part in path[:-1]:

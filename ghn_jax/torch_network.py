@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ghn_jax import torch_models
 from ghn_jax.architecture import Architecture
 from ghn_jax.graph import PRIMITIVE_ID, Graph, build_graph
-from ghn_jax.parameters import insert, parameter_path
+from ghn_jax.parameters import check_names, insert, parameter_path
+from ghn_jax.zoo import Model
 
 
 class _Parameter(NamedTuple):
@@ -89,16 +92,6 @@ def _leaves(tree: Mapping, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], 
     return found
 
 
-def _compare(have: set, want: set, what: str) -> None:
-    """Raises ValueError, listing names, unless both sets are the same."""
-    if have != want:
-        missing, unknown = sorted(want - have), sorted(have - want)
-        raise ValueError(
-            f"{what} are not those of the architecture: missing {missing[:5]} "
-            f"({len(missing)} in all), unknown {unknown[:5]} ({len(unknown)} in all)"
-        )
-
-
 def abstract_params(graph: Graph) -> dict:
     """The `params` tree of a graph's network as shapes: `jax.ShapeDtypeStruct` for each array."""
     params: dict = {}
@@ -110,29 +103,33 @@ def abstract_params(graph: Graph) -> dict:
 
 def to_torch(
     params: Mapping,
-    arch: Architecture | Graph,
+    arch: Architecture | Graph | Model,
     num_classes: int = 10,
     image_size: int = 32,
 ) -> dict[str, np.ndarray]:
-    """A network's parameters as the authors' PyTorch code names and lays them out.
+    """A network's parameters as the authors' PyTorch code, or torchvision, has them.
 
     Args:
-      params: the `params` tree of `build_network(arch, num_classes, image_size)`.
-      arch: its architecture, or its graph.
-      num_classes: classes of the network.
-      image_size: height and width of the images, in pixels.
+      params: the `params` tree of `build_network(arch, num_classes, image_size)`, or all variables
+        of a model of the zoo (`torch_models.to_torch`).
+      arch: its architecture, its graph, or the model.
+      num_classes: classes of the network; a graph or a model has its own.
+      image_size: height and width of the images, in pixels; a graph or a model has its own.
 
     Returns:
       For each name (`cells.0._ops.1.op.1.weight`) an array: (out, in, height, width) for
       convolutions, (out, in) for linear layers. PyTorch's own entries that are no parameters
-      (batch norm's running statistics) are not among them.
+      (batch norm's running statistics) are not among them, but for models of the zoo.
 
     Raises:
+      TypeError: the network is of another type.
       ValueError: the tree is not that of the architecture; the message lists what differs.
     """
+    if isinstance(arch, nn.Module):
+        return torch_models.to_torch(params, arch)
     leaves = _leaves(params)
     expected = _parameters(_graph(arch, num_classes, image_size))
-    _compare({"/".join(p) for p in leaves}, {"/".join(p.path) for p in expected}, "parameters")
+    check_names({"/".join(p) for p in leaves}, {"/".join(p.path) for p in expected}, "parameters")
     arrays = {}
     for p in expected:
         array = np.ascontiguousarray(p.to_torch(np.asarray(leaves[p.path])))
@@ -144,26 +141,30 @@ def to_torch(
 
 def from_torch(
     arrays: Mapping[str, np.ndarray],
-    arch: Architecture | Graph,
+    arch: Architecture | Graph | Model,
     num_classes: int = 10,
     image_size: int = 32,
 ) -> dict:
-    """The way back: a `params` tree from arrays under PyTorch's names.
+    """The way back: a `params` tree, or a model's variables, from arrays under PyTorch's names.
 
     Args:
       arrays: as `to_torch` returns them; tensors of PyTorch on the CPU will do. Running statistics
         of batch norm are passed over: the networks run on batch statistics.
-      arch: the architecture, or its graph.
-      num_classes: classes of the network.
-      image_size: height and width of the images, in pixels.
+      arch: the architecture, its graph, or a model of the zoo, whose running statistics are kept
+        (`torch_models.from_torch`).
+      num_classes: classes of the network; a graph or a model has its own.
+      image_size: height and width of the images, in pixels; a graph or a model has its own.
 
     Raises:
+      TypeError: the network is of another type.
       ValueError: names or shapes are not those of the architecture; the message lists them.
     """
+    if isinstance(arch, nn.Module):
+        return torch_models.from_torch(arrays, arch)
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     arrays = {name: x for name, x in arrays.items() if not name.endswith(statistics)}
     expected = _parameters(_graph(arch, num_classes, image_size))
-    _compare(set(arrays), {p.name for p in expected}, "tensors")
+    check_names(set(arrays), {p.name for p in expected}, "tensors")
     params: dict = {}
     for p in expected:
         array = np.asarray(arrays[p.name])

@@ -1,0 +1,19 @@
+"""What images of CIFAR-10's size change in a network made for ImageNet's."""
+
+from __future__ import annotations
+
+LARGEST_SMALL = 96  # pixels; the images of STL-10
+
+
+def is_small(image_size: int) -> bool:
+    """Whether the first layers keep the resolution, as the paper has it for CIFAR-10 (§ 5.1).
+
+    Args:
+      image_size: height and width of the images, in pixels.
+
+    Raises:
+      ValueError: it is below 32 pixels, of which the deepest networks would leave nothing.
+    """
+    if image_size < 32:
+        raise ValueError(f"image_size is {image_size}; allowed: 32 pixels or more")
+    return image_size <= LARGEST_SMALL
