@@ -59,7 +59,7 @@ class Flow:
         return self._joined[key]
 
     def squeezed(self, gate: int, row: int) -> list[int]:
-        """Global averages of a row that a gate is computed from; empty where it is no gate of it."""
+        """Global averages of a row that a gate is computed from; none where it is no gate of it."""
         means, ahead, seen = [], [gate], set()
         while ahead:
             at = ahead.pop()
@@ -122,8 +122,8 @@ class Flow:
             raise ValueError("the model's output does not depend on its input; nothing to predict")
         if len(kept) > MAX_NODES:
             raise ValueError(
-                f"the model's graph has {len(kept)} nodes; allowed: up to {MAX_NODES}, as the paths "
-                "between all of them are listed"
+                f"the model's graph has {len(kept)} nodes; allowed: up to {MAX_NODES}, as the "
+                "paths between all of them are listed"
             )
         place = {row: node for node, row in enumerate(kept)}
         rows = [self.rows[i] for i in kept]

@@ -612,7 +612,9 @@ class _Reader:
             if not whole:
                 scope = functools.reduce(Scope.__or__, [x.scope for x in statistics])
                 least = min(statistics, key=lambda x: len(x.scope.reduced))
-                if scale and least.scope.reduced < scope.reduced:  # a norm of pooled features
+                if least.scope.reduced < scope.reduced:  # a norm of pooled features
+                    if not scale:
+                        return Statistic(rows[0], axes, least.scope)
                     row = self.activation(least).row
                     return Activation(row, axes, Scope(scope.reduced, _labels(axes)))
                 return Statistic(rows[0], axes, Scope(scope.reduced, _labels(axes)))
@@ -818,8 +820,8 @@ def read_graph(
     outputs = jax.tree.leaves(output)
     if len(outputs) != 1:
         raise ValueError(
-            f"the model returns {len(outputs)} arrays; allowed: one, the logits. Give a module that "
-            "returns those only (pass what turns the others off as a keyword: train=False)"
+            f"the model returns {len(outputs)} arrays; allowed: one, the logits. Give a module "
+            "that returns those only (pass what turns the others off as a keyword: train=False)"
         )
     leaves = jax.tree.leaves(params)
     reader = _Reader(names, [leaf.shape for leaf in leaves])
