@@ -38,6 +38,10 @@ class Scope(NamedTuple):
     def __or__(self, other):
         return Scope(self.reduced | other.reduced, self.kept | other.kept)
 
+    def beyond(self, other: Scope) -> Scope:
+        """Of a statistic of reduced values: what it is taken over in addition."""
+        return Scope(self.reduced - other.reduced, self.kept)
+
 
 RUNNING = Scope(frozenset((BATCH, SPACE)), frozenset(CHANNEL))  # of running averages
 
@@ -245,6 +249,7 @@ class _Reader:
         self.roles: dict[int, tuple[int, str, tuple[str, ...], int]] = {}
         self.reasons: dict[int, str] = {}
         self.notes: dict[str, None] = {}
+        self.parts: dict[tuple[int, int], list[int]] = {}  # row, axis -> what is concatenated
 
     # --- Equations ---
 
@@ -300,7 +305,7 @@ class _Reader:
                 return [self.view(eqn, operands[0], shape) for shape in shapes]
         if name == "gather" and any(isinstance(x, Parameter) for x in operands[:1]):
             leaf = operands[0].leaf
-            self.leave(leaf, f"a table that the input is looked up in {_at(where)}")
+            self.leave(leaf, f"a table that is indexed {_at(where)}")
             return [dataclasses.replace(self.activation(operands[1]), axes=_unknown(shapes[0]))]
         if name not in _ELEMENTWISE and name not in _VIEWS:
             self.note(f"{name} {_at(where)} is no primitive; edges pass through it")
@@ -529,7 +534,11 @@ class _Reader:
         rows = [self.activation(x).row for x in data]
         if len(rows) == 1:
             return dataclasses.replace(self.activation(data[0]), axes=axes)
-        return Activation(self.flow.join("concat", rows), axes)
+        # However a network is written: parts that are themselves concatenated so are parts of this.
+        parts = [part for row in rows for part in self.parts.get((row, axis), [row])]
+        row = self.flow.join("concat", parts)
+        self.parts[row, axis] = parts
+        return Activation(row, axes)
 
     # --- Functions of single elements ---
 
@@ -615,8 +624,9 @@ class _Reader:
                 if least.scope.reduced < scope.reduced:  # a norm of pooled features
                     if not scale:
                         return Statistic(rows[0], axes, least.scope)
+                    most = max(statistics, key=lambda x: len(x.scope.reduced))
                     row = self.activation(least).row
-                    return Activation(row, axes, Scope(scope.reduced, _labels(axes)))
+                    return Activation(row, axes, most.scope.beyond(least.scope))
                 return Statistic(rows[0], axes, Scope(scope.reduced, _labels(axes)))
             if statistics:
                 scope = statistics[0].scope if scale else None
@@ -647,6 +657,8 @@ class _Reader:
                 # The factor of a norm on its way: its weight times the inverse deviation.
                 p_axes = _merge([p.axes], shape) if len(p.axes) == len(shape) else p.axes
                 return dataclasses.replace(p, axes=p_axes, scope=x.scope)
+            if p.scope is not None:  # the norm of pooled features
+                p = dataclasses.replace(p, scope=p.scope.beyond(x.scope))
             x = self.activation(x)
         if name in ("add", "sub", "add_any"):
             return self._shift(x, p, axes, where)
@@ -756,7 +768,7 @@ class _Reader:
 
 
 def _at(where: str) -> str:
-    return f"in {where}" if where else "at the top of the model"
+    return f"in {where}" if where else "in the model"
 
 
 def _spatial_axes(spec: Sequence[int], shape) -> Axes:

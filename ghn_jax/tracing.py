@@ -40,12 +40,15 @@ class TracedModel(NamedTuple):
 
 
 def _paths(tree) -> list[str]:
-    def part(key) -> str:
-        return str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)))
+    """'layer1_0/conv1/kernel' for each leaf."""
 
-    # Boxes of arrays (Linen's metadata, NNX's variables) add a part of no interest.
+    def part(key) -> str:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            return ""  # the array in a box: Linen's metadata, NNX's variables
+        return str(next(getattr(key, a) for a in ("key", "idx") if hasattr(key, a)))
+
     return [
-        "/".join(p for p in map(part, path) if p != "value")
+        "/".join(filter(None, map(part, path)))
         for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
 
