@@ -249,7 +249,6 @@ class _Reader:
         self.roles: dict[int, tuple[int, str, tuple[str, ...], int]] = {}
         self.reasons: dict[int, str] = {}
         self.notes: dict[str, None] = {}
-        self.parts: dict[tuple[int, int], list[int]] = {}  # row, axis -> what is concatenated
 
     # --- Equations ---
 
@@ -534,11 +533,7 @@ class _Reader:
         rows = [self.activation(x).row for x in data]
         if len(rows) == 1:
             return dataclasses.replace(self.activation(data[0]), axes=axes)
-        # However a network is written: parts that are themselves concatenated so are parts of this.
-        parts = [part for row in rows for part in self.parts.get((row, axis), [row])]
-        row = self.flow.join("concat", parts)
-        self.parts[row, axis] = parts
-        return Activation(row, axes)
+        return Activation(self.flow.join("concat", rows), axes)
 
     # --- Functions of single elements ---
 
