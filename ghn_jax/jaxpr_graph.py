@@ -871,10 +871,27 @@ def read_init(init: Callable, key) -> tuple[Any, Callable[[Sequence[int]], list[
     """
     closed, shapes = jax.make_jaxpr(init, return_shape=True)(key)
 
+    made_by = {v: eqn for eqn in closed.jaxpr.eqns for v in eqn.outvars}
+
+    def constant(number: int) -> jax.Array | None:
+        """Zeros, ones, ... without compiling a program for each shape of them."""
+        var = closed.jaxpr.outvars[number]
+        eqn = made_by.get(var) if not isinstance(var, core.Literal) else None
+        if eqn is None or eqn.primitive.name != "broadcast_in_dim":
+            return None
+        (value,) = eqn.invars[:1]
+        if not isinstance(value, core.Literal) or np.ndim(value.val):
+            return None
+        return jax.numpy.asarray(np.full(var.aval.shape, value.val, var.aval.dtype))
+
     def compute(wanted: Sequence[int]) -> list[jax.Array]:
-        used = [i in set(wanted) for i in range(len(closed.jaxpr.outvars))]
-        jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
-        values = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))(key)
-        return [values[sorted(set(wanted)).index(i)] for i in wanted]
+        found = {number: constant(number) for number in wanted}
+        rest = sorted(number for number in found if found[number] is None)
+        if rest:
+            used = [i in rest for i in range(len(closed.jaxpr.outvars))]
+            jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
+            values = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))(key)
+            found.update(zip(rest, values, strict=True))
+        return [found[number] for number in wanted]
 
     return shapes, compute

@@ -22,7 +22,7 @@ from flax import nnx
 from ghn_jax.ghn import GHN
 from ghn_jax.graph import Graph
 from ghn_jax.jaxpr_graph import Placement
-from ghn_jax.parameters import undecodable
+from ghn_jax.parameters import tile_kind, undecodable
 from ghn_jax.report import (
     INITIAL,
     ParameterReport,
@@ -156,7 +156,7 @@ def _laid_out(tensor, placement: Placement, leaf, initial) -> jax.Array:
 
 def _row(ghn, graph, path, shape, placement, reason, norm) -> ParameterReport:
     if placement is None:
-        return ParameterReport(path, tuple(shape), (), "", INITIAL, reason, norm, None)
+        return ParameterReport(path, tuple(shape), (), "", "", INITIAL, reason, norm, None)
     node = placement.node
     note = shape_note(graph.param_shapes[node], ghn.num_classes, ghn.max_shape[2])
     if placement.skip:
@@ -167,6 +167,7 @@ def _row(ghn, graph, path, shape, placement, reason, norm) -> ParameterReport:
         tuple(shape),
         graph.param_shapes[node],
         primitive_of(graph, node),
+        tile_kind(graph, node).decoder,
         how_made(graph, node, ghn.max_shape),
         note,
         norm,

@@ -31,7 +31,7 @@ def _change(
     chosen = list(tiled_kernels(report) if paths is None else paths)
     for path in chosen:
         if path not in rows or not rows[path].is_kernel:
-            raise ValueError(f"{path!r} is no predicted kernel; allowed: those of the report")
+            raise ValueError(f"{path!r} is no predicted kernel of a layer before the classifier")
     order = {path: i for i, path in enumerate(chosen)}
 
     def kernel(path: str, leaf: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ class ParameterReport:
       node_shape: of the node that makes it, in PyTorch's order (out, in, height, width); () for
         none.
       primitive: of the node that makes it; '' for none.
+      decoder: that makes it (`parameters.TileKind`); '' for none.
       how: 'decoded' (the tile as it is), 'sliced' (a part of the tile's channels), 'tiled 8x4' (its
         out and in channels repeated that often), or 'initial' (left at its initial value).
       note: why it was left, or what the shape encoder took the shape for.
@@ -35,6 +36,7 @@ class ParameterReport:
     shape: tuple[int, ...]
     node_shape: tuple[int, ...]
     primitive: str
+    decoder: str
     how: str
     note: str
     norm: float | None
@@ -47,8 +49,8 @@ class ParameterReport:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether it is the predicted kernel of a convolution or a dense layer."""
-        return self.primitive in ("conv", "sep_conv", "dil_conv")
+        """Whether it is the predicted kernel of a layer other than the classifier."""
+        return self.decoder in ("kernel", "depthwise")
 
 
 @dataclasses.dataclass(frozen=True)

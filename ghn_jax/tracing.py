@@ -168,8 +168,13 @@ def _trace_nnx(model, sample, virtual_edges, call) -> TracedModel:
         paths,
         leaves,
         initial,
-        lambda values: nnx.merge(definition, jax.tree.unflatten(treedef, values), rest),
+        lambda values: nnx.merge(definition, jax.tree.unflatten(treedef, values), _copy(rest)),
     )
+
+
+def _copy(state):
+    """The same arrays in new variables: what a new module updates is not the old one's."""
+    return jax.tree.map(lambda x: x, state)
 
 
 def model_graph(model: nn.Module | nnx.Module, sample, virtual_edges: int = 50, **call) -> Graph:
@@ -199,7 +204,7 @@ def map_parameters(variables, function: Callable[[str, jax.Array], jax.Array]):
     """
     if isinstance(variables, nnx.Module):
         definition, params, rest = nnx.split(variables, nnx.Param, ...)
-        return nnx.merge(definition, _map_tree(params, function), rest)
+        return nnx.merge(definition, _map_tree(params, function), _copy(rest))
     return {**variables, "params": _map_tree(variables["params"], function)}
 
 
