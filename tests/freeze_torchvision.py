@@ -5,7 +5,8 @@
 Needs torch, torchvision and timm. For each model of the zoo, as ImageNet's (1000 classes, 224
 pixels) and as CIFAR-10's (10, 32): the name and shape of every tensor of its state dict, and the
 settings of every norm layer; and the logits of CIFAR-10's on `images` with the weights of
-`random_variables`. Of timm, names and shapes of its ViT-B/16.
+`random_variables`. Of ResNet-18, logits of larger images too, which meet its max-pooling. Of timm,
+names and shapes of its ViT-B/16.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import ghn_jax
 from ghn_jax import zoo
 
 PATH = Path(__file__).parent / "data" / "torchvision.json.xz"
-IMAGENET, CIFAR10 = (1000, 224), (10, 32)  # classes, pixels
+IMAGENET, CIFAR10, LARGER = (1000, 224), (10, 32), (10, 128)  # classes, pixels
 
 
 def import_torchvision():
@@ -184,18 +185,26 @@ def describe(net) -> dict:
     return {"shapes": shapes, "norms": norms}
 
 
+def random_logits(net, name: str, size: tuple[int, int]) -> list:
+    """Logits of a model on `images` with the weights of `random_variables`."""
+    model = zoo.MODELS[name](*size)
+    load(net, ghn_jax.to_torch(random_variables(model), model))
+    return torch_logits(net, images(size[1])).tolist()
+
+
 def main() -> None:
     """Writes the file."""
     _, torchvision = import_torchvision()
     found = {"version": torchvision.__version__}
-    for name, constructor in zoo.MODELS.items():
-        small, model = reference(name, *CIFAR10), constructor(*CIFAR10)
-        load(small, ghn_jax.to_torch(random_variables(model), model))
+    for name in zoo.MODELS:
+        small = reference(name, *CIFAR10)
         found[name] = {
             "imagenet": describe(reference(name, *IMAGENET)),
             "cifar10": describe(small),
-            "logits": torch_logits(small, images(CIFAR10[1])).tolist(),
+            "logits": {"32": random_logits(small, name, CIFAR10)},
         }
+    large = reference("resnet18", *LARGER)
+    found["resnet18"]["logits"]["128"] = random_logits(large, "resnet18", LARGER)
     import timm
 
     found["timm"] = describe(timm.create_model("vit_base_patch16_224"))["shapes"]

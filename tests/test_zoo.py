@@ -140,14 +140,17 @@ def test_training_and_settings_of_norm_layers(name):
     assert found == {".".join(parameter_path(f"{n}.weight")): s for n, s in norms.items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_are_torchvisions(name):
-    model = zoo.MODELS[name](*frozen.CIFAR10)
-    variables = frozen.random_variables(model)
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, frozen.CIFAR10) for name in FAMILIES), ("resnet18", frozen.LARGER)]
+)
+def test_logits_are_torchvisions(name, size):
+    model = zoo.MODELS[name](*size)
+    variables, images = frozen.random_variables(model), frozen.images(model.image_size)
     # Compiling takes longer than running; without optimisation, half as long.
     options = {"xla_backend_optimization_level": 0}
-    logits = jax.jit(model.apply, compiler_options=options)(variables, frozen.images(32))
-    assert frozen.difference(np.asarray(logits), np.array(expected()[name]["logits"])) < 1e-4
+    logits = jax.jit(model.apply, compiler_options=options)(variables, images)
+    want = np.array(expected()[name]["logits"][str(model.image_size)])
+    assert frozen.difference(np.asarray(logits), want) < 1e-4
 
 
 def test_layouts_are_pytorchs():
@@ -207,6 +210,8 @@ def test_variables_of_another_model():
     arrays = ghn_jax.to_torch(variables, model)
     with pytest.raises(ValueError, match=r"classifier.1.bias is \(10,\), expected \(7,\)"):
         ghn_jax.from_torch(arrays, zoo.squeezenet1_1(7))
+    with pytest.raises(ValueError, match=r"missing \[\] \(0 in all\), unknown \['extra'\]"):
+        ghn_jax.from_torch({**arrays, "extra": np.zeros(3)}, model)
     del arrays["features.0.bias"]
     with pytest.raises(ValueError, match=r"missing \['features.0.bias'\] \(1 in all\)"):
         ghn_jax.from_torch(arrays, model)
