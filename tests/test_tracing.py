@@ -518,6 +518,14 @@ def test_a_model_of_another_library():
         model_graph(lambda x: x, IMAGES)
 
 
+def test_draw_is_exported():
+    from ghn_jax.drawing import draw_graph
+
+    assert ghn_jax.draw is draw_graph
+    with pytest.raises(AttributeError, match="no attribute 'drawn'"):
+        _ = ghn_jax.drawn
+
+
 def test_a_billion_parameters_take_seconds():
     class Wide(nn.Module):
         @nn.compact
