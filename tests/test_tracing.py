@@ -439,14 +439,22 @@ NOTES = {
     "transposed": "the transposed convolution in Layer/ConvTranspose_0",
     "group norm": "the group or instance norm in Layer/GroupNorm_0",
     "group norm of one group": "the norm in Layer/GroupNorm_0 is taken for layer norm",
+    "instance norm": "the group or instance norm in Layer/InstanceNorm_0",
+    "transposed kernel": "the transposed convolution in Layer/ConvTranspose_0",
     "shared": "Dense_0/kernel is shared",
 }
 
 
-@pytest.mark.parametrize("name", NOTES)
+@pytest.mark.parametrize("name", LAYERS)
 def test_nearest_primitives_are_told(name):
-    notes = trace(one_layer(LAYERS[name][0]), FEATURES, 1, call={}).reading.notes
-    assert any(NOTES[name] in note for note in notes)
+    def whole(m, x):
+        return nn.Dense(5, name="last")(LAYERS[name][0](m, x))
+
+    notes = trace(one_layer(whole), FEATURES, 1, call={}).reading.notes
+    if name in NOTES:
+        assert any(NOTES[name] in note for note in notes)
+    else:
+        assert not notes
 
 
 def test_other_inputs():
