@@ -58,6 +58,12 @@ class Flow:
             self._joined[key] = self.add(primitive, sources)
         return self._joined[key]
 
+    def origin(self, row: int) -> int:
+        """The row that a row is a function of: itself, unless it is a sum of one (x + x**3)."""
+        while self.rows[row].primitive in ("sum", THROUGH) and len({*self.rows[row].sources}) == 1:
+            row = self.rows[row].sources[0]
+        return row
+
     def squeezed(self, gate: int, row: int) -> list[int]:
         """Global averages of a row that a gate is computed from; none where it is no gate of it."""
         means, ahead, seen = [], [gate], set()

@@ -631,6 +631,9 @@ class _Reader:
             return Activation(rows[0], axes)
         if name in ("add", "add_any", "sub"):
             return Activation(self.flow.add("sum", rows), axes)
+        origins = {self.flow.origin(row) for row in rows}
+        if len(origins) == 1:
+            return Activation(origins.pop(), axes)
         if name == "mul":
             for x, gate in (rows, rows[::-1]):
                 means = self.flow.squeezed(gate, x)
