@@ -6,6 +6,8 @@ A *tile* is what the decoder predicts before it is tiled and sliced to a paramet
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,27 @@ def _nearest(table: np.ndarray, exceptions: dict[int, int]) -> np.ndarray:
     return rows.astype(np.int32)
 
 
+@functools.cache
+def _rows(num_classes: int, largest_kernel: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the channel table and of the spatial table for 0, 1, 2, ... (B.1)."""
+    channels, spatial = channel_table(num_classes), spatial_table(largest_kernel)
+    # The authors' own exceptions to "nearest": 4 to 7 channels are 8, 2 pixels are 3.
+    four_to_seven = {c: 8 for c in range(4, 8) if c not in channels}
+    return _nearest(channels, four_to_seven), _nearest(spatial, {2: 3})
+
+
+def nearest_shape(
+    shape: tuple[int, int, int, int], num_classes: int, largest_kernel: int
+) -> tuple[int, ...]:
+    """The shape (out, in, height, width) that `ShapeEncoder` takes a parameter's for."""
+    tables = channel_table(num_classes), spatial_table(largest_kernel)
+    rows = _rows(num_classes, largest_kernel)
+    return tuple(
+        int(tables[i // 2][rows[i // 2][min(n, len(rows[i // 2]) - 1)]])
+        for i, n in enumerate(shape)
+    )
+
+
 class ShapeEncoder(nn.Module):
     """Encodes parameter shapes (B.1): four 8-vectors for out, in, height, width.
 
@@ -57,11 +80,7 @@ class ShapeEncoder(nn.Module):
         d = self.features // 4
         by_channel = self.param("channel", normal, (len(channels) + 1, d))
         by_size = self.param("spatial", normal, (len(spatial) + 1, d))
-        # The authors' own exceptions to "nearest": 4 to 7 channels are 8, 2 pixels are 3.
-        channel_rows = jnp.asarray(
-            _nearest(channels, {c: 8 for c in range(4, 8) if c not in channels})
-        )
-        spatial_rows = jnp.asarray(_nearest(spatial, {2: 3}))
+        channel_rows, spatial_rows = map(jnp.asarray, _rows(self.num_classes, self.largest_kernel))
         rows = [
             by_channel[channel_rows[jnp.minimum(shape[:, i], len(channel_rows) - 1)]]
             for i in (0, 1)

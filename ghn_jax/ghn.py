@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Iterable
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,13 @@ from ghn_jax.architecture import Architecture
 from ghn_jax.decoder import Decoder, ShapeEncoder
 from ghn_jax.gatedgnn import GatedGNN, NodeMLP
 from ghn_jax.graph import PRIMITIVES, Graph, build_graph, next_power_of_two, pad_graphs
-from ghn_jax.parameters import TileKind, assemble, check_decodable, tile_kind
+from ghn_jax.parameters import (
+    TileKind,
+    check_decodable,
+    named_tree,
+    node_tensors,
+    tile_kind,
+)
 
 
 class GHN(nn.Module):
@@ -146,25 +153,41 @@ class GHN(nn.Module):
         graph = arch if isinstance(arch, Graph) else self.graph(arch, image_size=image_size)
         if isinstance(arch, Graph):
             check_decodable(graph, self.max_shape)
+        params = named_tree(graph, self.tensors(variables, graph))
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
+        return params if traced else jax.tree.map(jnp.asarray, params)
+
+    def tensors(
+        self, variables, graph: Graph, nodes: Iterable[int] | None = None
+    ) -> dict[int, dict[str, np.ndarray | jax.Array]]:
+        """Predicts the tensors of a graph's nodes, whatever module they belong to.
+
+        Args:
+          variables: of this module.
+          graph: the graph of any network.
+          nodes: those wanted; None for all that have parameters.
+
+        Returns:
+          node -> its tensors as `parameters.node_tensors` names them, NumPy's unless traced.
+        """
         states = _encode(self, variables, pad_graphs([graph]))
-        traced = isinstance(states, jax.core.Tracer)
-        xp = jnp if traced else np
+        xp = jnp if isinstance(states, jax.core.Tracer) else np
         groups = defaultdict(list)
-        for node in range(len(graph)):
+        for node in range(len(graph)) if nodes is None else nodes:
             kind = tile_kind(graph, node)
             if kind is not None:
                 groups[kind].append(node)
         decoded = {}
-        for kind, nodes in groups.items():
-            padded = np.zeros(next_power_of_two(len(nodes)), np.int32)
-            padded[: len(nodes)] = nodes
+        for kind, group in groups.items():
+            padded = np.zeros(next_power_of_two(len(group)), np.int32)
+            padded[: len(group)] = group
             decoded[kind] = _decode(self, variables, states, padded, kind)
-        tiles = {}
-        for kind, nodes in groups.items():  # a second loop: the device decodes while we wait
-            group = xp.asarray(decoded[kind])
-            tiles.update({node: group[i] for i, node in enumerate(nodes)})
-        params = assemble(graph, tiles, self.normalise, xp)
-        return params if traced else jax.tree.map(jnp.asarray, params)
+        tensors = {}
+        for kind, group in groups.items():  # a second loop: the device decodes while we wait
+            tiles = xp.asarray(decoded[kind])
+            for i, node in enumerate(group):
+                tensors[node] = node_tensors(graph, node, tiles[i], self.normalise, xp)
+        return tensors
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -56,6 +56,8 @@ class Graph:
         pooling nodes carry their kernel as (1, 1, 3, 3).
       names: N official parameter names ('cells.0._ops.1.op.1.weight'), or the primitive's name.
       cells: (N,) int32, the cell that each node is counted to.
+      classifier: nodes of the classifier's weight and bias (the bias may be missing, or both),
+        which have decoders of their own (B.1); negative numbers count from the end.
     """
 
     primitives: np.ndarray
@@ -63,6 +65,7 @@ class Graph:
     param_shapes: list[tuple[int, ...] | None]
     names: list[str]
     cells: np.ndarray
+    classifier: tuple[int, ...] = (-2, -1)
 
     def __len__(self) -> int:
         return len(self.primitives)

@@ -22,19 +22,14 @@ class TileKind:
 
 
 def tile_kind(graph: Graph, node: int) -> TileKind | None:
-    """The kind of tile that a node's parameter is made from, None for a node without one.
-
-    The last two nodes of a graph are the classifier's weight and bias; they have decoders of their
-    own (B.1).
-    """
+    """The kind of tile that a node's parameter is made from, None for a node without one."""
     shape = graph.param_shapes[node]
     primitive = graph.primitives[node]
     if shape is None or primitive in (PRIMITIVE_ID["max_pool"], PRIMITIVE_ID["avg_pool"]):
         return None
-    if node == len(graph) - 2:
-        return TileKind("classifier")
-    if node == len(graph) - 1:
-        return TileKind("classifier_bias")
+    for decoder, index in zip(("classifier", "classifier_bias"), graph.classifier, strict=False):
+        if node == index % len(graph):
+            return TileKind(decoder)
     if len(shape) == 1:
         return TileKind("vector")
     if len(shape) == 2:
@@ -44,21 +39,26 @@ def tile_kind(graph: Graph, node: int) -> TileKind | None:
     return TileKind("depthwise" if shape[1] == 1 else "kernel", *shape[2:])
 
 
+def undecodable(shape: tuple[int, ...] | None, max_shape: tuple[int, int, int, int]) -> str | None:
+    """Why no decoder makes a parameter of some shape, None where one does."""
+    if shape is None:
+        return None
+    if len(shape) not in (1, 2, 4):
+        return "supported are vectors, matrices and 4-dimensional kernels"
+    if len(shape) == 4 and (shape[2] > max_shape[2] or shape[3] > max_shape[3]):
+        return (
+            f"kernels of this hypernetwork go up to {max_shape[2]}x{max_shape[3]}; use one with a "
+            "larger max_shape"
+        )
+    return None
+
+
 def check_decodable(graph: Graph, max_shape: tuple[int, int, int, int]) -> None:
     """Raises ValueError if a parameter's shape is beyond what the decoders can make."""
     for name, shape in zip(graph.names, graph.param_shapes, strict=True):
-        if shape is None:
-            continue
-        if len(shape) not in (1, 2, 4):
-            raise ValueError(
-                f"no decoder makes the shape {shape} of {name!r}; supported are vectors, matrices "
-                "and 4-dimensional kernels"
-            )
-        if len(shape) == 4 and (shape[2] > max_shape[2] or shape[3] > max_shape[3]):
-            raise ValueError(
-                f"no decoder makes the shape {shape} of {name!r}: kernels of this hypernetwork go "
-                f"up to {max_shape[2]}x{max_shape[3]}; use one with a larger max_shape"
-            )
+        reason = undecodable(shape, max_shape)
+        if reason:
+            raise ValueError(f"no decoder makes the shape {shape} of {name!r}: {reason}")
 
 
 def weight_scale(shape: tuple[int, ...]) -> float:
@@ -154,6 +154,47 @@ def insert(tree: dict, path: tuple[str, ...], value) -> None:
     tree[path[-1]] = value
 
 
+def node_tensors(graph: Graph, node: int, tile, normalise: bool, xp) -> dict[str, object]:
+    """A node's tensors, made from its tile.
+
+    Args:
+      graph: the network's graph.
+      node: one that has a tile.
+      tile: as `decoder.Decoder` returns it.
+      normalise: apply the normalisation of § 4.1.
+      xp: `numpy` or `jax.numpy`.
+
+    Returns:
+      {'kernel': (in, out) or (height, width, in, out)}, {'embedding': (height, width, channels)},
+      {'scale', 'bias': (channels,)} of norm layers, or {'bias': (channels,)}.
+    """
+    shape, kind = graph.param_shapes[node], tile_kind(graph, node)
+    if kind.decoder not in ("vector", "classifier_bias"):
+        leaf = "embedding" if kind.decoder == "position" else "kernel"
+        return {leaf: weight_from_tile(tile, shape, kind, normalise, xp)}
+    rows = tile if kind.decoder == "vector" else xp.stack([tile, tile])
+    weight, bias = (tile_axis(row, 0, shape[0], xp) for row in rows)
+    if normalise:
+        weight, bias = squash_norm_weight(weight, xp), squash_bias(bias, xp)
+    is_norm = graph.primitives[node] in (PRIMITIVE_ID["bn"], PRIMITIVE_ID["ln"])
+    return {"scale": weight, "bias": bias} if is_norm else {"bias": bias}
+
+
+def named_tree(graph: Graph, tensors: dict[int, dict[str, object]]) -> dict:
+    """The `params` tree of a network whose modules have the official names.
+
+    Args:
+      graph: the network's graph.
+      tensors: node -> its tensors, as `node_tensors` makes them.
+    """
+    params: dict = {}
+    for node, leaves in tensors.items():
+        path = parameter_path(graph.names[node])
+        for leaf, tensor in leaves.items():
+            insert(params, (*path, leaf), tensor)
+    return params
+
+
 def assemble(graph: Graph, tiles: dict[int, object], normalise: bool, xp) -> dict:
     """Makes the `params` tree of a network from its nodes' tiles.
 
@@ -163,21 +204,5 @@ def assemble(graph: Graph, tiles: dict[int, object], normalise: bool, xp) -> dic
       normalise: apply the normalisation of § 4.1.
       xp: `numpy` or `jax.numpy`.
     """
-    params: dict = {}
-    for node, tile in tiles.items():
-        path, shape = parameter_path(graph.names[node]), graph.param_shapes[node]
-        kind = tile_kind(graph, node)
-        if kind.decoder in ("vector", "classifier_bias"):
-            is_norm = graph.primitives[node] in (PRIMITIVE_ID["bn"], PRIMITIVE_ID["ln"])
-            rows = tile if kind.decoder == "vector" else xp.stack([tile, tile])
-            weight, bias = (tile_axis(row, 0, shape[0], xp) for row in rows)
-            if normalise:
-                weight, bias = squash_norm_weight(weight, xp), squash_bias(bias, xp)
-            if is_norm:
-                insert(params, (*path, "scale"), weight)
-            insert(params, (*path, "bias"), bias)
-        else:
-            leaf = "embedding" if kind.decoder == "position" else "kernel"
-            weight = weight_from_tile(tile, shape, kind, normalise, xp)
-            insert(params, (*path, leaf), weight)
-    return params
+    tensors = {node: node_tensors(graph, node, t, normalise, xp) for node, t in tiles.items()}
+    return named_tree(graph, tensors)

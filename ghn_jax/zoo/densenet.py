@@ -42,10 +42,13 @@ class DenseBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """(B, H, W, C) -> (B, H, W, C + 32 * layers)."""
+        # One concatenation of all features for each layer, as in torchvision: that is what the
+        # computational graph has.
+        features = [x]
         for i in range(self.layers):
-            y = DenseLayer(name=f"denselayer{i + 1}")(x, train=train)
-            x = jnp.concatenate([x, y], axis=-1)
-        return x
+            x = jnp.concatenate(features, axis=-1)
+            features.append(DenseLayer(name=f"denselayer{i + 1}")(x, train=train))
+        return jnp.concatenate(features, axis=-1)
 
 
 class Transition(nn.Module):

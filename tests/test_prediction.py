@@ -1,0 +1,389 @@
+"""`predict`: every tensor in its place, and a report of all of them."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import ghn_jax
+from ghn_jax.tracing import trace
+
+IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def ghn():
+    model = ghn_jax.GHN()
+    return model, model.init_variables(0)
+
+
+class Small(nn.Module):
+    """A bit of everything.
+
+    Attributes:
+      classes: of the last layer.
+      param_dtype: of the first layer.
+    """
+
+    classes: int = 10
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        c = 96
+        x = nn.Conv(c, (3, 3), 4, param_dtype=self.param_dtype, name="first")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        x = nn.Conv(c, (3, 3), feature_group_count=c, use_bias=False, name="depthwise")(x)
+        x = nn.Conv(c, (5, 5), feature_group_count=4, use_bias=False, name="grouped")(x)
+        x = x.reshape(len(x), -1, c)
+        token = self.param("token", nn.initializers.normal(1.0), (1, 1, c))
+        x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, c)), x], 1)
+        x = x + self.param("position", nn.initializers.normal(1.0), (1, 65, c))
+        x = nn.MultiHeadDotProductAttention(4, name="attention")(x)
+        x = nn.Dropout(0.1, deterministic=not train)(x)
+        return nn.Dense(self.classes, name="head")(x[:, 0])
+
+
+@pytest.fixture(scope="module")
+def small(ghn):
+    return ghn_jax.predict(*ghn, Small(), IMAGES)
+
+
+def rows(report):
+    return {p.path: p for p in report.parameters}
+
+
+def test_design_space_networks_get_what_the_hypernetwork_predicts(ghn):
+    model, variables = ghn
+    arch = ghn_jax.evaluation_set("test")[3].replace(n_cells=3, C=16)
+    network = ghn_jax.build_network(arch)
+    predicted, report = ghn_jax.predict(model, variables, network, IMAGES, strict=True)
+    expected = model.predict(variables, arch)
+    assert jax.tree.structure(predicted["params"]) == jax.tree.structure(expected)
+    for ours, theirs in zip(*map(jax.tree.leaves, (predicted["params"], expected)), strict=True):
+        # Nodes are in another order, so that sums over edges are rounded otherwise.
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert report.nodes == len(model.graph(arch))
+
+
+@pytest.mark.parametrize("name", sorted(ghn_jax.zoo.MODELS))
+def test_zoo(name, ghn):
+    """Shapes only: nothing is compiled, and the largest have half a gigabyte of parameters."""
+    hypernetwork, ghn_variables = ghn
+    model = ghn_jax.zoo.MODELS[name]()
+    reports = []
+
+    def shapes(ghn_variables):
+        variables, report = ghn_jax.predict(hypernetwork, ghn_variables, model, IMAGES)
+        reports.append(report)
+        return variables
+
+    predicted = jax.eval_shape(shapes, ghn_variables)
+    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(IMAGES.shape))
+    assert jax.tree.map(jnp.shape, predicted) == jax.tree.map(jnp.shape, expected)
+    (report,) = reports
+    sizes = [leaf.size for leaf in jax.tree.leaves(expected["params"])]
+    assert [p.size for p in report.parameters] == sizes
+    left = {p.path.split("/")[-1] for p in report.left}
+    assert left == {"convnext_tiny": {"layer_scale"}, "vit_b_16": {"class_token"}}.get(name, set())
+    assert all(p.norm is None for p in report.predicted)
+
+
+def test_running_averages_are_at_their_initial_values(small):
+    statistics = small[0]["batch_stats"]["norm"]
+    np.testing.assert_array_equal(statistics["mean"], np.zeros(96))
+    np.testing.assert_array_equal(statistics["var"], np.ones(96))
+
+
+def test_layouts(ghn, small):
+    """Each tensor is its node's, transposed and reshaped as the module's axes say."""
+    model, variables = ghn
+    predicted, report = small
+    params = predicted["params"]
+    reading = trace(Small(), IMAGES, 50, call={}).reading
+    paths = [p.path for p in report.parameters]
+    tensors = model.tensors(variables, reading.graph)
+
+    def tensor(path):
+        placement = reading.placements[paths.index(path)]
+        return tensors[placement.node][placement.tensor]
+
+    def close(value, expected):
+        np.testing.assert_allclose(value, expected, atol=1e-6)
+
+    attention = params["attention"]
+    assert tensor("attention/query/kernel").shape == (96, 96)
+    close(attention["query"]["kernel"], tensor("attention/query/kernel").reshape(96, 4, 24))
+    close(attention["value"]["bias"], tensor("attention/value/bias").reshape(4, 24))
+    close(attention["out"]["kernel"], tensor("attention/out/kernel").reshape(4, 24, 96))
+    assert params["depthwise"]["kernel"].shape == (3, 3, 1, 96)
+    close(params["depthwise"]["kernel"], tensor("depthwise/kernel"))
+    close(params["grouped"]["kernel"], tensor("grouped/kernel"))
+    close(params["norm"]["scale"], tensor("norm/scale"))
+    close(params["norm"]["bias"], tensor("norm/bias"))
+    close(params["position"][:, 1:], tensor("position").reshape(1, 64, 96))
+
+
+def test_weights_of_any_layout(ghn):
+    """A model that keeps (out, in) and (in, out, height, width) gets them transposed."""
+    model, variables = ghn
+
+    class Transposed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("conv", nn.initializers.ones, (3, 8, 5, 3))
+            x = jax.lax.conv_general_dilated(
+                x, w, (4, 4), "SAME", dimension_numbers=("NHWC", "IOHW", "NHWC")
+            )
+            w = self.param("dense", nn.initializers.ones, (10, 8))
+            return jnp.einsum("bc,oc->bo", x.mean((1, 2)), w)
+
+    class Usual(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(8, (5, 3), 4, use_bias=False, name="conv")(x)
+            return nn.Dense(10, use_bias=False, name="dense")(x.mean((1, 2)))
+
+    ours = ghn_jax.predict(model, variables, Transposed(), IMAGES, strict=True)[0]["params"]
+    usual = ghn_jax.predict(model, variables, Usual(), IMAGES, strict=True)[0]["params"]
+    np.testing.assert_array_equal(ours["conv"], usual["conv"]["kernel"].transpose(2, 3, 0, 1))
+    np.testing.assert_array_equal(ours["dense"], usual["dense"]["kernel"].T)
+
+
+def test_a_classifier_is_found_by_where_the_output_comes_from(ghn):
+    """Without a bias, and as SqueezeNet's convolution, it is decoded as classifiers are."""
+
+    class Last(nn.Module):
+        convolution: bool
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(64, (3, 3), 8, use_bias=False, name="first")(x)
+            if self.convolution:
+                return nn.relu(nn.Conv(10, (1, 1), use_bias=False, name="last")(x)).mean((1, 2))
+            return nn.Dense(10, use_bias=False, name="last")(x.mean((1, 2)))
+
+    model, variables = ghn
+    for convolution in (False, True):
+        _, report = ghn_jax.predict(model, variables, Last(convolution), IMAGES, strict=True)
+        # A classifier's kernel has all of its classes, others would be slices of 64 channels.
+        assert rows(report)["last/kernel"].how == "decoded"
+        assert rows(report)["first/kernel"].how == "sliced"
+
+
+def test_the_report(small):
+    predicted, report = small
+    by_path = rows(report)
+    assert by_path["first/kernel"].how == "tiled 2x1"
+    assert by_path["grouped/kernel"].how == "tiled 2x1"
+    assert by_path["grouped/kernel"].primitive == "sep_conv"
+    assert by_path["grouped/kernel"].node_shape == (96, 24, 5, 5)
+    assert by_path["depthwise/kernel"].how == "tiled 2"
+    assert by_path["head/kernel"].how == "tiled 2"
+    assert by_path["head/bias"].how == "decoded"
+    assert by_path["position"].note.startswith("the first of 65 positions is left")
+    (token,) = report.left
+    assert token.path == "token"
+    assert "concatenated to activations in Small" in token.note
+    kernel = by_path["first/kernel"]
+    norm = np.linalg.norm(np.asarray(predicted["params"]["first"]["kernel"]))
+    assert kernel.norm == pytest.approx(norm, rel=1e-5)
+    draws = nn.initializers.he_normal()(jax.random.key(0), (3, 3, 3, 96))
+    assert kernel.he_norm == pytest.approx(float(jnp.linalg.norm(draws)), rel=0.1)
+    data = report.to_dict()
+    assert json.loads(json.dumps(data))["left"] == 96
+    total = sum(leaf.size for leaf in jax.tree.leaves(predicted["params"]))
+    assert data["predicted"] + data["left"] == total
+    lines = str(report).splitlines()
+    assert len(lines) == 1 + len(report.parameters) + 1 + len(report.notes)
+    assert any(line.startswith("token ") and "initial" in line for line in lines)
+    assert f"predicted {data['predicted']:,} values" in str(report)
+
+
+def test_shapes_off_the_tables_are_told(ghn):
+    class Odd(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(61, (2, 2), 8, use_bias=False)(x)
+            return nn.Dense(10)(x.mean((1, 2)))
+
+    _, report = ghn_jax.predict(*ghn, Odd(), IMAGES)
+    note = rows(report)["Conv_0/kernel"].note
+    assert note == "encoded with out 61 as 64, height 2 as 3, width 2 as 3"
+
+
+def test_what_is_left_is_as_it_was_initialised(ghn, small):
+    @jax.jit
+    def initial(key):
+        params = Small().init(key, jnp.zeros(IMAGES.shape))["params"]
+        return params["token"], params["position"]
+
+    token, position = initial(jax.random.key(0))
+    np.testing.assert_allclose(small[0]["params"]["token"], token, rtol=1e-6)
+    np.testing.assert_allclose(small[0]["params"]["position"][:, 0], position[:, 0], rtol=1e-6)
+    other, _ = ghn_jax.predict(*ghn, Small(), IMAGES, seed=1)
+    assert not np.allclose(other["params"]["token"], token)
+    given = jax.tree.map(lambda x: jnp.full(x.shape, 7.0), small[0])
+    kept, _ = ghn_jax.predict(*ghn, Small(), IMAGES, initial=given)
+    assert float(kept["params"]["token"].min()) == 7
+    assert float(kept["batch_stats"]["norm"]["mean"].min()) == 7
+    assert float(jnp.abs(kept["params"]["first"]["kernel"]).max()) < 7
+
+
+def test_strict(ghn):
+    with pytest.raises(ValueError, match=r"1 of 18 parameters would be left .*token: concat"):
+        ghn_jax.predict(*ghn, Small(), IMAGES, strict=True)
+
+
+@pytest.mark.parametrize("classes", [10, 37])
+def test_heads_that_are_left(ghn, small, classes):
+    options = {"keep_head": True} if classes == 10 else {}
+    predicted, report = ghn_jax.predict(*ghn, Small(classes), IMAGES, **options)
+    why = {p.path: p.note for p in report.left if p.path != "token"}
+    reason = "keep_head"
+    if classes == 37:
+        reason = "the classifier is for 37 classes, the hypernetwork for 10"
+    assert why == {"head/kernel": reason, "head/bias": reason}
+    assert predicted["params"]["head"]["kernel"].shape == (96, classes)
+    # All else is as if the model had the hypernetwork's classes.
+    for name in ("first", "attention"):
+        for ours, theirs in zip(
+            jax.tree.leaves(predicted["params"][name]),
+            jax.tree.leaves(small[0]["params"][name]),
+            strict=True,
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_kernels_that_no_decoder_makes(ghn):
+    class Large(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(10)(nn.Conv(8, (13, 13), 8)(x).mean((1, 2)))
+
+    _, report = ghn_jax.predict(*ghn, Large(), IMAGES)
+    (left,) = report.left
+    assert left.path == "Conv_0/kernel"
+    assert "kernels of this hypernetwork go up to 11x11" in left.note
+
+
+def test_training_mode_and_types(ghn):
+    predicted, report = ghn_jax.predict(*ghn, Small(param_dtype=jnp.bfloat16), IMAGES, train=True)
+    assert predicted["params"]["first"]["kernel"].dtype == jnp.bfloat16
+    assert predicted["params"]["head"]["kernel"].dtype == jnp.float32
+    assert len(report.left) == 1
+
+
+def test_inputs_that_are_no_images_are_told(ghn):
+    sample = jax.ShapeDtypeStruct((2, 12), jnp.float32)
+
+    class Dense(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(10)(nn.relu(nn.Dense(8)(x)))
+
+    _, report = ghn_jax.predict(*ghn, Dense(), sample, strict=True)
+    assert any("(2, 12) is no batch of images" in note for note in report.notes)
+
+
+def test_predictions_are_differentiable(ghn):
+    class Tiny(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(10)(nn.Conv(4, (3, 3), 8)(x).mean((1, 2)))
+
+    model, variables = ghn
+
+    def loss(variables):
+        predicted, _ = ghn_jax.predict(model, variables, Tiny(), IMAGES)
+        return (Tiny().apply(predicted, jnp.ones(IMAGES.shape)) ** 2).sum()
+
+    # Traced only: whatever left JAX on its way would raise an error.
+    gradient = jax.eval_shape(jax.grad(loss), variables)
+    assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, variables)
+
+
+# --- NNX ------------------------------------------------------------------------------------------
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(16, 16, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.dropout(nnx.relu(self.norm(self.conv(x))))
+
+
+class Modern(nnx.Module):
+    def __init__(self, rngs, classes=10):
+        self.stem = nnx.Conv(3, 16, (3, 3), strides=8, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
+        self.scale = nnx.Param(jnp.full(16, 0.5))
+        self.head = nnx.Linear(16, classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head((self.attention(x.reshape(len(x), -1, 16)) * self.scale).mean(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nnx(ghn, training):
+    module = Modern(nnx.Rngs(0))
+    if not training:
+        module.eval()
+    before = jax.tree.map(jnp.copy, nnx.state(module, nnx.Param, nnx.BatchStat))
+    predicted, report = ghn_jax.predict(*ghn, module, jnp.zeros(IMAGES.shape))
+    assert isinstance(predicted, Modern)
+    assert [p.path for p in report.left] == ["scale"]
+    assert rows(report)["blocks/1/norm/scale"].primitive == "bn"
+    assert rows(report)["attention/query/kernel"].node_shape == (16, 16)
+    np.testing.assert_array_equal(predicted.scale[...], 0.5)
+    norm = rows(report)["stem/kernel"].norm
+    assert float(jnp.linalg.norm(predicted.stem.kernel[...])) == pytest.approx(norm, rel=1e-5)
+    assert predicted(jnp.ones((2, 16, 16, 3))).shape == (2, 10)
+    # The module given is not changed, not even by running the new one.
+    after = nnx.state(module, nnx.Param, nnx.BatchStat)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_nnx_and_linen_get_the_same(ghn):
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(16, (3, 3), 4, name="stem")(x))
+            return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.Conv(3, 16, (3, 3), strides=4, rngs=rngs)
+            self.head = nnx.Linear(16, 10, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.stem(x)).mean((1, 2)))
+
+    linen, _ = ghn_jax.predict(*ghn, Linen(), IMAGES)
+    module, _ = ghn_jax.predict(*ghn, Nnx(nnx.Rngs(0)), IMAGES)
+    np.testing.assert_array_equal(module.stem.kernel[...], linen["params"]["stem"]["kernel"])
+    np.testing.assert_array_equal(module.head.bias[...], linen["params"]["head"]["bias"])
+
+
+def test_bad_nnx(ghn):
+    abstract = nnx.eval_shape(lambda: Modern(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="the module is abstract .* but scale stays"):
+        ghn_jax.predict(*ghn, abstract, IMAGES)
+    with pytest.raises(ValueError, match="an NNX module holds its initial values"):
+        ghn_jax.predict(*ghn, Modern(nnx.Rngs(0)), IMAGES, initial={})
+
+
+def test_no_params(ghn):
+    with pytest.raises(ValueError, match="Small has no parameters"):
+        ghn_jax.predict(*ghn, Small(), IMAGES, initial={"batch_stats": {}})
