@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jraph
+import numpy as np
 
 from ghn_jax.architecture import Architecture
 from ghn_jax.executor.bucket import Bucket, Capacity
@@ -138,19 +139,22 @@ def divide(costs: Sequence[float], n_groups: int) -> list[list[int]]:
 
 
 def _pad_graph(graphs: Sequence[Graph], share: int, graph_nodes: int) -> jraph.GraphsTuple:
-    """A group's graphs as one, of a size that does not depend on how many there are."""
+    """A group's graphs as one, of sizes that nearly every group of this share has."""
     nodes = sum(map(len, graphs))
     edges = sum(len(g.edges) for g in graphs)
-    # Static sizes that nearly every group of this share fits.
     room = graph_nodes * next_power_of_two(share)
-    graph = pad_graphs(
-        graphs,
-        n_node=room if nodes < room else next_power_of_two(nodes + 1),
-        n_edge=next_power_of_two(max(edges, 64 * room)),
-        n_step=None,
+    n_node = room if nodes < room else next_power_of_two(nodes + 1)
+    graph = pad_graphs(graphs, n_node, next_power_of_two(max(edges, 64 * room)))
+    steps = len(graph.globals["forward"])
+    more = max(next_power_of_two(graph_nodes) // 2 - steps, 0)
+    return graph._replace(
+        n_node=graph.n_node.sum(keepdims=True),
+        n_edge=graph.n_edge.sum(keepdims=True),
+        globals={
+            name: np.pad(sweep, ((0, more), (0, 0)), constant_values=n_node)
+            for name, sweep in graph.globals.items()
+        },
     )
-    return graph._replace(n_node=graph.n_node.sum(keepdims=True),
-                          n_edge=graph.n_edge.sum(keepdims=True))  # fmt: skip
 
 
 def _make_group(

@@ -123,24 +123,16 @@ def _zeros_like(tiles: Tiles) -> Tiles:
     return jax.tree.map(jnp.zeros_like, tiles)
 
 
-def _decode(ghn: GHN, params, states, rows):
-    return decode_tiles(ghn, {"params": params}, states, rows)
+def _predict(ghn: GHN, params, graph, rows) -> Tiles:
+    """The tiles of a group's architectures."""
+    variables = {"params": params}
+    return decode_tiles(ghn, variables, ghn.apply(variables, graph), rows)
 
 
-def _decode_backward(ghn: GHN, params, states, rows, dtiles):
-    _, vjp = jax.vjp(lambda p, s: _decode(ghn, p, s, rows), params, states)
-    return vjp(dtiles)
-
-
-def _encode(ghn: GHN, params, graph):
-    return ghn.apply({"params": params}, graph)
-
-
-def _encode_backward(ghn: GHN, params, graph, dparams, dstates, totals):
-    """The (2 + P,) vector that is added up over all devices; `dparams` came with the decoders."""
-    _, vjp = jax.vjp(lambda p: _encode(ghn, p, graph), params)
-    gradient = jax.tree.map(jnp.add, dparams, *vjp(dstates))
-    return jnp.concatenate([totals, ravel_pytree(gradient)[0]])
+def _predict_backward(ghn: GHN, params, graph, rows, dtiles, totals):
+    """The (2 + P,) vector that is added up over all devices: `totals`, then the gradient."""
+    _, vjp = jax.vjp(lambda p: _predict(ghn, p, graph, rows), params)
+    return jnp.concatenate([totals, ravel_pytree(*vjp(dtiles))[0]])
 
 
 class MetaStep:
@@ -175,8 +167,7 @@ class MetaStep:
         self._arenas: dict[int, Arenas] = {}
         self._programs, self._programs_seen = RowPrograms(), 0
         same, part = P(), P(DATA)
-        self._encode = RowFunction(_encode, (same, same), same)
-        self._decode = RowFunction(_decode, (same, same, same), same)
+        self._predict = RowFunction(_predict, (same, same, same), same)
         self._new_dtiles = RowFunction(_zeros_like, (same,), part)
         self._new_arenas = RowFunction(Arenas.zeros, (), part)
         self._run = RowFunction(
@@ -186,8 +177,8 @@ class MetaStep:
             donate=(1, 2),
             options=executor_options(),
         )
-        self._decode_backward = RowFunction(_decode_backward, (same, same, same, part), part)
-        self._encode_backward = RowFunction(_encode_backward, (same, same, part, part, part), part)
+        backward = (same, same, same, part, part)
+        self._predict_backward = RowFunction(_predict_backward, backward, part)
         self._init = jax.jit(self._make_state, out_shardings=self.replicated)
         self._apply = jax.jit(self._apply_gradient, donate_argnums=0, out_shardings=self.replicated)
 
@@ -240,8 +231,7 @@ class MetaStep:
         """The vector of a group's architectures, on each of its row's devices."""
         call = functools.partial(self._programs, row)
         ghn = (self.ghn,)
-        states = call(self._encode, ghn, params, group.graph)
-        tiles = call(self._decode, ghn, params, states, group.rows)
+        tiles = call(self._predict, ghn, params, group.graph, group.rows)
         totals = np.zeros(2 * row.mesh.size, np.float32)
         # Of the mean over all architectures and over all of the row's devices.
         weight = np.float32(1 / (count * row.mesh.size))
@@ -254,9 +244,8 @@ class MetaStep:
                 self._run, (program.bucket, *static), tiles, dtiles, arenas, totals, program.table,
                 images, labels, self.key, step, np.int32(member), weight,
             )  # fmt: skip
-        dparams, dstates = call(self._decode_backward, ghn, params, states, group.rows, dtiles)
         self._dtiles[index] = dtiles
-        return call(self._encode_backward, ghn, params, group.graph, dparams, dstates, totals)
+        return call(self._predict_backward, ghn, params, group.graph, group.rows, dtiles, totals)
 
     def _whole(self, vectors: list[jax.Array]) -> jax.Array:
         """One array over the mesh of what its rows' devices have, row after row."""
