@@ -166,7 +166,7 @@ def _pad_graph(graphs: Sequence[Graph], share: int, graph_nodes: int) -> jraph.G
     graph = pad_graphs(
         graphs,
         n_node=room if nodes < room else next_power_of_two(nodes + 1),
-        n_edge=next_power_of_two(max(edges, 64 * room)),
+        n_edge=next_power_of_two(max(edges, 128 * room)),
         n_step=None,
     )
     return graph._replace(n_node=graph.n_node.sum(keepdims=True),
