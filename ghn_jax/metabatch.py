@@ -144,7 +144,7 @@ def _pad_graph(graphs: Sequence[Graph], share: int, graph_nodes: int) -> jraph.G
     edges = sum(len(g.edges) for g in graphs)
     room = graph_nodes * next_power_of_two(share)
     n_node = room if nodes < room else next_power_of_two(nodes + 1)
-    graph = pad_graphs(graphs, n_node, next_power_of_two(max(edges, 64 * room)))
+    graph = pad_graphs(graphs, n_node, next_power_of_two(max(edges, 128 * room)))
     steps = len(graph.globals["forward"])
     more = max(next_power_of_two(graph_nodes) // 2 - steps, 0)
     return graph._replace(

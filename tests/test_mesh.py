@@ -203,6 +203,8 @@ def test_batch_norm_sees_all_images_of_the_row(on):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     for a, b in zip(actual[2:], expected[2:], strict=True):
         np.testing.assert_allclose(a.sum(0), b, rtol=1e-4, atol=1e-5)
+    if not on:
+        np.testing.assert_array_equal(actual[0], z)
 
 
 def test_dropout_of_an_image_does_not_depend_on_its_device():
@@ -311,10 +313,25 @@ def half(tmp_path_factory, whole):
     return folder
 
 
-def records(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    keys = ("step", "loss", "top1", "nodes", "architectures")
-    return [{key: json.loads(line)[key] for key in keys} for line in lines]
+def check_same(run, other):
+    """Runs of the same updates.
+
+    Two processes add up in programs of their own, so the last bit may differ. An update moves a
+    parameter by the learning rate, 1e-3, whatever its gradient; tolerated is a hundredth of one.
+    """
+    found, expected = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, other)
+    )
+    for a, b in zip(found, expected, strict=True):
+        for key in ("step", "top1", "nodes", "architectures"):
+            assert a[key] == b[key], key
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
+        load_ghn(run)[1],
+        load_ghn(other)[1],
+    )
 
 
 @pytest.mark.mesh
@@ -325,8 +342,7 @@ def test_a_run_goes_on_with_other_processes(before, after, whole, half, tmp_path
     shutil.rmtree(run / "checkpoints" / "10", ignore_errors=True)
     resume = ("--steps", 10, "--resume", "--cache-dir", whole.parent / "cache")
     (train_alone if after == "one" else train_as_two)(run, *resume)
-    assert records(run) == records(whole)
-    jax.tree.map(np.testing.assert_array_equal, load_ghn(run)[1], load_ghn(whole)[1])
+    check_same(run, whole)
 
 
 def test_mesh_text_is_read():
