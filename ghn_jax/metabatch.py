@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jraph
-import numpy as np
 
 from ghn_jax.architecture import Architecture
 from ghn_jax.executor.bucket import Bucket, Capacity
@@ -142,18 +141,18 @@ def _pad_graph(graphs: Sequence[Graph], share: int, graph_nodes: int) -> jraph.G
     """A group's graphs as one, of sizes that nearly every group of this share has."""
     nodes = sum(map(len, graphs))
     edges = sum(len(g.edges) for g in graphs)
-    room = graph_nodes * next_power_of_two(share)
-    n_node = room if nodes < room else next_power_of_two(nodes + 1)
-    graph = pad_graphs(graphs, n_node, next_power_of_two(max(edges, 128 * room)))
+    n_node, n_step = graph_nodes * next_power_of_two(share), next_power_of_two(graph_nodes) // 2
+    n_edge = next_power_of_two(max(edges, 128 * n_node))
+    graph = pad_graphs(graphs, max(n_node, nodes + 1), n_edge)
     steps = len(graph.globals["forward"])
-    more = max(next_power_of_two(graph_nodes) // 2 - steps, 0)
+    if nodes >= n_node or steps > n_step:
+        # Larger in both, so that there are two sizes and not four.
+        n_node = next_power_of_two(max(n_node, nodes) + 1)
+        graph = pad_graphs(graphs, n_node, n_edge, n_step=max(2 * n_step, steps))
+    else:
+        graph = pad_graphs(graphs, n_node, n_edge, n_step=n_step)
     return graph._replace(
-        n_node=graph.n_node.sum(keepdims=True),
-        n_edge=graph.n_edge.sum(keepdims=True),
-        globals={
-            name: np.pad(sweep, ((0, more), (0, 0)), constant_values=n_node)
-            for name, sweep in graph.globals.items()
-        },
+        n_node=graph.n_node.sum(keepdims=True), n_edge=graph.n_edge.sum(keepdims=True)
     )
 
 

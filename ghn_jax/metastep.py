@@ -88,7 +88,7 @@ def _run_one(
     table: Instructions,
     images: jax.Array,
     labels: jax.Array,
-    key: jax.Array,
+    seed: jax.Array,
     step: jax.Array,
     member: jax.Array,
     weight: jax.Array,
@@ -101,7 +101,7 @@ def _run_one(
     """
     values, features = run.forward(bucket, normalise, tiles, table, images, arenas.values, axis)
     arenas = arenas._replace(values=values)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), member)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), member)
     dropout = _dropout(key, len(images), axis)
 
     def head_loss(features, weights):
@@ -160,7 +160,7 @@ class MetaStep:
         self.mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
         self.rows = local_rows(self.mesh)
         self.replicated = NamedSharding(self.mesh, P())
-        self.key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        self.seed = np.uint32(seed)
         # By group: cotangents of tiles, of which rows in use are written before they are read, and
         # arenas.
         self._dtiles: dict[int, Tiles] = {}
@@ -242,7 +242,7 @@ class MetaStep:
             arenas = self._memory(self._arenas.pop(index, None), row, self._new_arenas, room)
             dtiles, self._arenas[index], totals = call(
                 self._run, (program.bucket, *static), tiles, dtiles, arenas, totals, program.table,
-                images, labels, self.key, step, np.int32(member), weight,
+                images, labels, self.seed, step, np.int32(member), weight,
             )  # fmt: skip
         self._dtiles[index] = dtiles
         return call(self._predict_backward, ghn, params, group.graph, group.rows, dtiles, totals)
