@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from ghn_jax.compilation import crowded, executor_options
 from ghn_jax.executor import run
-from ghn_jax.executor.bucket import MAX_HIDDEN, Bucket
+from ghn_jax.executor.bucket import MAX_HIDDEN, Bucket, Capacity
 from ghn_jax.executor.program import Instructions
 from ghn_jax.executor.run import Arenas, Tiles
 from ghn_jax.executor.tiles import decode_tiles
@@ -119,8 +119,9 @@ def _run_one(
     return dtiles, arenas._replace(gradients=gradients), totals
 
 
-def _zeros_like(tiles: Tiles) -> Tiles:
-    return jax.tree.map(jnp.zeros_like, tiles)
+def _new_memory(capacity: Capacity, images: int, tiles: Tiles) -> tuple[Tiles, Arenas]:
+    """What a group writes to: cotangents of its tiles, and arenas for so many images."""
+    return jax.tree.map(jnp.zeros_like, tiles), Arenas.zeros(capacity, images)
 
 
 def _predict(ghn: GHN, params, graph, rows) -> Tiles:
@@ -161,15 +162,11 @@ class MetaStep:
         self.rows = local_rows(self.mesh)
         self.replicated = NamedSharding(self.mesh, P())
         self.seed = np.uint32(seed)
-        # By group: cotangents of tiles, of which rows in use are written before they are read, and
-        # arenas.
-        self._dtiles: dict[int, Tiles] = {}
-        self._arenas: dict[int, Arenas] = {}
+        self._memory: dict[int, tuple[Tiles, Arenas]] = {}
         self._programs, self._programs_seen = RowPrograms(), 0
         same, part = P(), P(DATA)
         self._predict = RowFunction(_predict, (same, same, same), same)
-        self._new_dtiles = RowFunction(_zeros_like, (same,), part)
-        self._new_arenas = RowFunction(Arenas.zeros, (), part)
+        self._new_memory = RowFunction(_new_memory, (same,), part)
         self._run = RowFunction(
             _run_one,
             (same, part, part, part, same, part, part, same, same, same, same),
@@ -219,13 +216,21 @@ class MetaStep:
 
         return jax.tree.map(view, tree)
 
-    def _memory(self, old, row: Row, new: RowFunction, static: tuple, *arguments):
-        """What a group wrote to before, if it is of the size that is needed; else new memory."""
-        zeros = jax.eval_shape(functools.partial(new.function, *static), *arguments)
-        shapes = jax.tree.map(lambda x: (row.mesh.size * len(x), *x.shape[1:]), zeros)
-        if old is None or jax.tree.map(jnp.shape, old) != shapes:
-            return self._programs(row, new, static, *arguments)
-        return old
+    def _memory_for(self, index: int, row: Row, tiles: Tiles, capacity: Capacity, images: int):
+        """What a group wrote to before, where it is of the size that is needed; else new memory.
+
+        Nothing is read there before it is written.
+        """
+        shapes = jax.tree.map(
+            lambda x: (row.mesh.size * x.shape[0], *x.shape[1:]),
+            (tiles, Arenas.shapes(capacity, images)),
+        )
+        old = self._memory.pop(index, (None, None))
+        fits = [jax.tree.map(jnp.shape, o) == s for o, s in zip(old, shapes, strict=True)]
+        if all(fits):
+            return old
+        new = self._programs(row, self._new_memory, (capacity, images), tiles)
+        return tuple(o if fit else n for o, n, fit in zip(old, new, fits, strict=True))
 
     def _run_group(self, index: int, row: Row, group: Group, params, step, images, labels, count):
         """The vector of a group's architectures, on each of its row's devices."""
@@ -236,15 +241,14 @@ class MetaStep:
         # Of the mean over all architectures and over all of the row's devices.
         weight = np.float32(1 / (count * row.mesh.size))
         static = (self.ghn.normalise, self.smoothing, row.axis)
-        dtiles = self._memory(self._dtiles.pop(index, None), row, self._new_dtiles, (), tiles)
+        size = len(images) // row.mesh.size
         for member, program in zip(group.members, group.programs, strict=True):
-            room = (program.capacity, len(images) // row.mesh.size)
-            arenas = self._memory(self._arenas.pop(index, None), row, self._new_arenas, room)
-            dtiles, self._arenas[index], totals = call(
+            dtiles, arenas = self._memory_for(index, row, tiles, program.capacity, size)
+            dtiles, arenas, totals = call(
                 self._run, (program.bucket, *static), tiles, dtiles, arenas, totals, program.table,
                 images, labels, self.seed, step, np.int32(member), weight,
             )  # fmt: skip
-        self._dtiles[index] = dtiles
+            self._memory[index] = dtiles, arenas
         return call(self._predict_backward, ghn, params, group.graph, group.rows, dtiles, totals)
 
     def _whole(self, vectors: list[jax.Array]) -> jax.Array:

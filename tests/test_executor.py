@@ -437,6 +437,13 @@ def test_room_to_spare_changes_nothing():
     assert_trees_close(*results)
 
 
+def test_arenas_that_indices_do_not_reach_are_refused():
+    capacity = Capacity(2**22, 2**18, 64, 4)
+    assert run.Arenas.shapes(capacity, 63).values.shape == (63 * 2**25,)
+    with pytest.raises(ValueError, match="give each device fewer images"):
+        run.Arenas.shapes(capacity, 64)
+
+
 def test_places_of_states_do_not_overlap():
     """A state has its place to itself for as long as it is needed."""
     for case in ALL[::5]:

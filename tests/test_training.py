@@ -66,8 +66,9 @@ def sgd():
     return MetaStep(GHN_, optax.sgd(1.0))
 
 
-def meta_batch(architectures, **options):
-    return make_meta_batch(GHN_, architectures, image_size=SIZE, capacity=ROOM, **options)
+def meta_batch(architectures, capacity=ROOM, **options):
+    options |= {"image_size": SIZE, "capacity": capacity}
+    return make_meta_batch(GHN_, architectures, **options)
 
 
 def test_an_update_is_the_gradient_of_the_mean_loss_of_the_modules(sgd, batch):
@@ -85,7 +86,9 @@ def test_an_update_is_the_gradient_of_the_mean_loss_of_the_modules(sgd, batch):
     gradient = jax.jit(jax.value_and_grad(mean_loss), compiler_options=executor_options())
     loss, grads = gradient(state.params)
     before = jax.tree.map(np.asarray, state.params)
-    after, metrics = sgd(state, meta_batch(ARCHITECTURES[:2]), images, labels)
+    # Each with arenas of its own size.
+    networks = meta_batch(ARCHITECTURES[:2], capacity=None)
+    after, metrics = sgd(state, networks, images, labels)
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics.grad_norm) == pytest.approx(float(optax.global_norm(grads)), rel=1e-3)
     assert metrics.applied

@@ -331,19 +331,24 @@ class Arenas(NamedTuple):
     gradients: jax.Array
 
     @classmethod
-    def zeros(cls, capacity: Capacity, batch_size: int) -> Arenas:
-        """New ones for batches of a size.
+    def shapes(cls, capacity: Capacity, images: int) -> Arenas:
+        """Their shapes for a number of images.
 
         Raises:
           ValueError: they would have more numbers than 32-bit indices reach.
         """
-        lengths = [n * UNIT * batch_size for n in (capacity.values, capacity.gradients)]
+        lengths = [n * UNIT * images for n in (capacity.values, capacity.gradients)]
         if max(lengths) > np.iinfo(np.int32).max:
             raise ValueError(
-                f"the states of a network and {batch_size} images are {max(lengths):,} numbers, "
-                "more than 2^31; give each device fewer images"
+                f"the states of a network and {images} images are {max(lengths):,} numbers, more "
+                "than 2^31; give each device fewer images"
             )
-        return cls(*(jnp.zeros(n, jnp.float32) for n in lengths))
+        return cls(*(jax.ShapeDtypeStruct((n,), jnp.float32) for n in lengths))
+
+    @classmethod
+    def zeros(cls, capacity: Capacity, images: int) -> Arenas:
+        """New ones."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cls.shapes(capacity, images))
 
 
 def forward(bucket, normalise, tiles: Tiles, table: Instructions, images, values, axis=None):
