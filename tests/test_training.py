@@ -188,7 +188,7 @@ def test_padded_graphs_have_the_room_that_was_asked_for():
         batch = meta_batch(architectures, graph_nodes=graph_nodes)
         return len(batch.groups[0].graph.nodes["primitive"])
 
-    assert [size(a, 64) for a in (few, many)] == [128, 128]
+    assert [size(a, 128) for a in (few, many)] == [256, 256]
     nodes = meta_batch(ARCHITECTURES[:2]).nodes
     assert nodes < size(few, 8) < 4 * nodes
 

@@ -1,0 +1,111 @@
+"""How many XLA programs training needs, and how long they take: compiled, and from the cache.
+
+    python bench/programs.py
+
+Every program that the meta-batches of 1,000 distinct training architectures need (GHN-2, meta-batch
+8, batch 64, 32x32 images), each run once, in a process with an empty cache and in one that finds
+them there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from ghn_jax.compilation import CompilationCounter, keep_programs
+from ghn_jax.memory import keep_memory
+from ghn_jax.metabatch import MetaBatch, Stream
+from ghn_jax.metastep import MetaStep
+from ghn_jax.presets import preset
+from ghn_jax.sampling import sample_architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    num: int = 1000  # training architectures
+    cache_dir: Path | None = None  # run once with this cache (for the processes)
+
+
+def needed(batches: list[MetaBatch]) -> list[MetaBatch]:
+    """As few of the meta-batches, and of their architectures, as need every program once."""
+    chosen, seen = [], set()
+    for batch in batches:
+        groups = []
+        for group in batch.groups:
+            sizes = jax.tree.map(np.shape, (group.graph, group.rows))
+            new = {(p.bucket, p.capacity): p for p in group.programs}
+            programs = [p for key, p in new.items() if key not in seen]
+            if programs or str(sizes) not in seen:
+                programs = programs or [group.programs[0]]
+                seen |= {*new, str(sizes)}
+                members = tuple(range(len(programs)))
+                groups.append(group._replace(members=members, programs=tuple(programs)))
+        if groups:
+            chosen.append(batch._replace(groups=tuple(groups)))
+    return chosen
+
+
+def run(options: Options) -> None:
+    """Runs every program once; prints their number and the seconds as a JSON line."""
+    start = time.perf_counter()
+    keep_programs(options.cache_dir)
+    keep_memory()
+    config = preset("ghn2")
+    ghn, rules = config.ghn(10, 32), config.rules(32)
+    counter = CompilationCounter()
+    step = MetaStep(ghn, config.optimizer(1000))
+    stream = Stream(
+        ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.meta_batch, 32,
+        n_groups=config.workers, graph_nodes=config.graph_nodes,
+    )  # fmt: skip
+    batches = list(itertools.islice(stream.batches(0), options.num // config.meta_batch))
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((config.batch_size, 32, 32, 3), np.float32)
+    labels = rng.integers(0, 10, config.batch_size).astype(np.int32)
+    state, first = step.init(0), None
+    for batch in tqdm(needed(batches), unit="meta-batch"):
+        state, _ = jax.block_until_ready(step(state, batch, images, labels))
+        first = first or time.perf_counter() - start
+    print(
+        json.dumps(
+            {
+                "programs": counter.count,
+                "seconds": round(time.perf_counter() - start),
+                "first_update_seconds": round(first),
+            }
+        )
+    )
+
+
+def main(options: Options) -> None:
+    """Prints a table and a JSON line."""
+    if options.cache_dir is not None:
+        run(options)
+        return
+    result = {"benchmark": "programs", "architectures": options.num}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("cold", "warm"):
+            command = [sys.executable, __file__, "--num", str(options.num), "--cache-dir", cache]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            result[name] = json.loads(output.splitlines()[-1])
+    print(f"{'':<10}{'programs':>10}{'seconds':>10}{'first update':>14}")
+    for name in ("cold", "warm"):
+        print(f"{name:<10}" + "".join(f"{n:>10}" for n in result[name].values()))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
