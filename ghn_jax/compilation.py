@@ -44,7 +44,7 @@ def crowded() -> bool:
     if jax.default_backend() != "cpu" or not limit.exists():
         return False
     with maps.open() as lines:
-        return sum(1 for _ in lines) > 0.8 * int(limit.read_text())
+        return sum(1 for _ in lines) > 0.9 * int(limit.read_text())
 
 
 class CompilationCounter:
