@@ -182,16 +182,15 @@ def _image_axes(shape: Sequence[int]) -> Axes:
 
 # --- Primitives of JAX ----------------------------------------------------------------------------
 
-# They leave values as they are, or lay them out otherwise.
-_VIEWS = {
-    "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "rev", "slice",
-    "dynamic_slice", "pad", "gather", "convert_element_type", "copy", "copy_p", "stop_gradient",
-    "reduce_precision", "sharding_constraint", "device_put", "name", "optimization_barrier",
-    "split", "real", "bitcast_convert_type", "mesh_cast", "pvary",
-}  # fmt: skip
+# They leave values as they are, ...
 _SAME = {
-    "convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision",
-    "sharding_constraint", "device_put", "name", "real", "mesh_cast", "pvary",
+    "convert_element_type", "copy", "stop_gradient", "reduce_precision", "sharding_constraint",
+    "device_put", "name", "real", "pvary",
+}  # fmt: skip
+# ... or lay them out otherwise.
+_VIEWS = _SAME | {
+    "reshape", "transpose", "squeeze", "broadcast_in_dim", "rev", "slice", "dynamic_slice", "pad",
+    "gather", "split", "unstack", "tile", "bitcast_convert_type",
 }  # fmt: skip
 _REDUCTIONS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
@@ -203,7 +202,7 @@ _ELEMENTWISE = {
     "integer_pow", "select_n", "clamp", "sin", "cos", "tan", "floor", "ceil", "round", "rem",
     "atan2",
     "gt", "lt", "ge", "le", "eq", "ne", "and", "or", "not", "xor", "is_finite", "nextafter",
-    "add_any", "square_root", "lgamma", "digamma", "asin", "acos", "atan", "sinh", "cosh", "asinh",
+    "add_any", "lgamma", "digamma", "asin", "acos", "atan", "sinh", "cosh", "asinh",
     "acosh", "atanh", "shift_left", "shift_right_logical", "shift_right_arithmetic", "imag",
     "complex", "conj", "population_count", "clz",
 }  # fmt: skip
@@ -540,13 +539,18 @@ class _Reader:
     def view(self, eqn, x: Value, shape) -> Value:
         """A value laid out otherwise."""
         name, params, axes = eqn.primitive.name, eqn.params, x.axes
-        if name in ("reshape", "expand_dims"):
+        if name == "reshape":
             axes = _regroup(axes, shape)
         elif name == "transpose":
             axes = tuple(axes[i] for i in params["permutation"])
         elif name == "squeeze":
             gone = {d % len(axes) for d in params["dimensions"]}
             axes = tuple(axis for i, axis in enumerate(axes) if i not in gone)
+        elif name == "unstack":
+            axes = tuple(axis for i, axis in enumerate(axes) if i != params["axis"])
+        elif name == "tile":  # what had size 1 does not vary along the axis, as if broadcast
+            sizes = zip(axes, eqn.invars[0].aval.shape, shape, strict=True)
+            axes = _resize([() if n == 1 < size else axis for axis, n, size in sizes], shape)
         elif name == "broadcast_in_dim":
             before = eqn.invars[0].aval.shape
             at = dict(zip(params["broadcast_dimensions"], range(len(axes)), strict=True))
