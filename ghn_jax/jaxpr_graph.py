@@ -302,8 +302,7 @@ class _Reader:
             if not others:
                 return [self.view(eqn, operands[0], shape) for shape in shapes]
         if name == "gather" and any(isinstance(x, Parameter) for x in operands[:1]):
-            leaf = operands[0].leaf
-            self.leave(leaf, f"a table that is indexed {_at(where)}")
+            self.leave(operands[0], f"a table that is indexed {_at(where)}")
             return [dataclasses.replace(self.activation(operands[1]), axes=_unknown(shapes[0]))]
         if name not in _ELEMENTWISE and name not in _VIEWS:
             self.note(f"{name} {_at(where)} is no primitive; edges pass through it")
@@ -314,9 +313,15 @@ class _Reader:
         """Tells the user something, once."""
         self.notes[text] = None
 
-    def leave(self, leaf: int, reason: str) -> None:
+    def leave(self, p: Parameter, reason: str) -> None:
         """No node makes this parameter, unless another use of it does."""
-        self.reasons.setdefault(leaf, reason)
+        self.reasons.setdefault(p.leaf, reason)
+        self.leave_others(p)
+
+    def leave_others(self, p: Parameter) -> None:
+        """Of parameters that are combined, a node makes one at most."""
+        for other in p.others:
+            self.reasons.setdefault(other, f"combined with {self.names[p.leaf]} before it is used")
 
     def control(self, name: str, operands, shapes, where: str) -> list[Value]:
         """A loop or a branch: it is not followed."""
@@ -357,15 +362,14 @@ class _Reader:
         Returns:
           Whether it can.
         """
-        for other in p.others:
-            self.leave(other, f"combined with {self.names[p.leaf]} before it is used")
+        self.leave_others(p)
         shape = self.shapes[p.leaf]
         if p.changed:
-            self.leave(p.leaf, f"the model applies {p.changed} to it before it is used")
+            self.leave(p, f"the model applies {p.changed} to it before it is used")
             return False
         missing = [axis for axis, n in enumerate(shape) if n > 1 and axis not in roles]
         if missing:
-            self.leave(p.leaf, f"only a part of it is used at a time (axis {missing[0]})")
+            self.leave(p, f"only a part of it is used at a time (axis {missing[0]})")
             return False
         if p.leaf in self.roles:
             self.note(f"{self.names[p.leaf]} is shared; its first use decides")
@@ -425,7 +429,7 @@ class _Reader:
         if max(params["lhs_dilation"]) > 1:
             self.note(f"the transposed convolution {_at(where)} is taken for a convolution")
         if len(space) > 2:
-            self.leave(p.leaf, f"a kernel of {len(space)} dimensions; decoded are up to 2")
+            self.leave(p, f"a kernel of {len(space)} dimensions; decoded are up to 2")
             p = dataclasses.replace(p, changed="a convolution of more than 2 dimensions")
         row = self.weight(p, primitive, x.row, axes, where)
         return Activation(row, _spatial_axes(numbers.out_spec, shape), fresh=True)
@@ -522,7 +526,7 @@ class _Reader:
             first = self.elementwise("concatenate", parameters, [], shape, where)
             return dataclasses.replace(first, changed="concatenate", axes=axes)
         for p in parameters:
-            self.leave(p.leaf, f"concatenated to activations {_at(where)}, as class tokens are")
+            self.leave(p, f"concatenated to activations {_at(where)}, as class tokens are")
         if all(isinstance(x, Statistic) for x in data) and len({x.row for x in data}) == 1:
             if stacked:  # of windows: adaptive pooling
                 group = ((SPACE, shape[axis]),)
@@ -666,7 +670,7 @@ class _Reader:
             return self._shift(x, p, axes, where)
         if name in ("mul", "div"):
             return self._scale(x, p, axes, where)
-        self.leave(p.leaf, f"{name} of activations and it {_at(where)} is no primitive")
+        self.leave(p, f"{name} of activations and it {_at(where)} is no primitive")
         return Activation(x.row, axes)
 
     def _along(self, x: Activation, p: Parameter) -> dict[Any, str]:
@@ -698,11 +702,11 @@ class _Reader:
                     self.place(bias, x.row, "bias", whole)
                     return Activation(x.row, axes)
         if row.primitive == SCORES:
-            self.leave(p.leaf, f"added to attention's scores {_at(where)}")
+            self.leave(p, f"added to attention's scores {_at(where)}")
             return Activation(x.row, axes)
         labels = set(along.values())
         if not along or BATCH in labels:
-            self.leave(p.leaf, f"{'a number' if not along else 'no bias'} added {_at(where)}")
+            self.leave(p, f"{'a number' if not along else 'no bias'} added {_at(where)}")
             return Activation(x.row, axes)
         size = math.prod(self.shapes[p.leaf])
         if labels == {CHANNEL}:
@@ -731,7 +735,7 @@ class _Reader:
             weight=p.leaf,
         )
         if skip > 1:
-            self.leave(p.leaf, f"{shape[space[0]]} positions {_at(where)} are no square grid")
+            self.leave(p, f"{shape[space[0]]} positions {_at(where)} are no square grid")
         else:
             roles = {axis: "s" if label == SPACE else "c" for axis, label in along.items()}
             self.place(p, at, "embedding", roles, skip)
@@ -745,9 +749,7 @@ class _Reader:
             what = "a number" if not along else "a scale without a norm"
             if scope is not None and along:
                 what = "a norm's weight that varies with position"
-            self.leave(p.leaf, f"{what} {_at(where)}: no primitive")
-            for other in p.others:
-                self.leave(other, f"combined with {self.names[p.leaf]} before it is used")
+            self.leave(p, f"{what} {_at(where)}: no primitive")
             return Activation(x.row, axes)
         primitive = self._norm(scope, where)
         size = math.prod(self.shapes[p.leaf])
