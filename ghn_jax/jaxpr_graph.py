@@ -675,6 +675,9 @@ class _Reader:
 
     def _along(self, x: Activation, p: Parameter) -> dict[Any, str]:
         """Axis of the parameter -> label of the activation's axis that it varies along."""
+        if self.shapes[p.leaf] == (1,):  # of a layer with a single channel, or a number
+            channels = [n for axis in x.axes for label, n in axis if label == CHANNEL]
+            return {0: CHANNEL} if channels and max(channels) == 1 else {}
         found = {}
         for mine, its in zip(p.axes, x.axes, strict=True):
             labels = {label for label, _ in its} or {UNKNOWN}
