@@ -445,17 +445,23 @@ class _Reader:
     def product(self, params, a: Value, b: Value, shape, where: str) -> Value:
         """dot_general: a dense layer, attention, or with a constant."""
         (contract, batch) = params["dimension_numbers"]
-        if isinstance(a, Parameter) and isinstance(b, (Activation, Statistic)):
+        axes = _product_axes(a, b, contract, batch, shape)
+        data = [x for x in (a, b) if isinstance(x, (Activation, Statistic))]
+        parameters = [x for x in (a, b) if isinstance(x, Parameter)]
+        side = 0 if a in data else 1
+        # A kernel is the same for all images: what has the batch's axis as well is a learned query.
+        query = parameters and data and BATCH in _labels([data[0].axes[i] for i in batch[side]])
+        if len(data) == 2 or query:
+            for p in parameters:
+                self.leave(p, f"multiplied image by image {_at(where)}, as learned queries are")
+            return Activation(self._attention([self.activation(x).row for x in data]), axes)
+        if data and parameters and side:
             swapped = self._dense(b, a, contract[::-1], batch[::-1], where)
             row, batch_axes, x_free, p_free = swapped
             return Activation(row, (*batch_axes, *p_free, *x_free), fresh=True)
-        if isinstance(b, Parameter) and isinstance(a, (Activation, Statistic)):
+        if data and parameters:
             row, batch_axes, x_free, p_free = self._dense(a, b, contract, batch, where)
             return Activation(row, (*batch_axes, *x_free, *p_free), fresh=True)
-        axes = _product_axes(a, b, contract, batch, shape)
-        data = [x for x in (a, b) if isinstance(x, (Activation, Statistic))]
-        if len(data) == 2:
-            return Activation(self._attention(*map(self.activation, data)), axes)
         if data:
             return dataclasses.replace(data[0], axes=axes)
         mixed = self.elementwise("dot_general", [a, b], [], shape, where)
@@ -470,12 +476,13 @@ class _Reader:
         p_free = [tuple((CHANNEL, n) for _, n in p.axes[i]) for i in free if i not in batch[1]]
         return row, [x.axes[i] for i in batch[0]], x_free, p_free
 
-    def _attention(self, a: Activation, b: Activation) -> int:
-        rows = self.flow.rows
-        for scores, values in ((a, b), (b, a)):
-            if rows[scores.row].primitive == SCORES:
-                return self.flow.add("msa", [*rows[scores.row].sources, values.row])
-        return self.flow.add(SCORES, [a.row, b.row])
+    def _attention(self, rows: list[int]) -> int:
+        """The row of a product of activations: `msa` where some of them are scores."""
+        for scores in rows:
+            if self.flow.rows[scores].primitive == SCORES:
+                values = [row for row in rows if row != scores]
+                return self.flow.add("msa", [*self.flow.rows[scores].sources, *values])
+        return self.flow.add(SCORES, rows)
 
     def window(self, eqn, x: Value, shape, where: str) -> Value:
         """Pooling."""
