@@ -91,11 +91,15 @@ class Activation:
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-    """A row's output reduced over some axes; see `Activation` and `Scope`."""
+    """A row's output reduced over some axes; see `Activation` and `Scope`.
+
+    `other` says by what, and where, unless it is a sum.
+    """
 
     row: int
     axes: Axes
     scope: Scope
+    other: str = ""
 
 
 Value = Constant | Parameter | Activation | Statistic
@@ -291,7 +295,7 @@ class _Reader:
         if name.startswith("reduce_window"):
             return [self.window(eqn, operands[0], shapes[0], where)]
         if name in _REDUCTIONS:
-            return [self.reduce(operands[0], eqn.params["axes"])]
+            return [self.reduce(name, operands[0], eqn.params["axes"], where)]
         if name in ("concatenate", "stack"):
             axis = eqn.params.get("dimension", eqn.params.get("axis"))
             return [self.concatenate(operands, axis, name == "stack", shapes[0], where)]
@@ -343,9 +347,12 @@ class _Reader:
         """A value as the input of a layer. A statistic over positions is a `glob_avg` node."""
         if isinstance(value, Activation):
             return value
-        if SPACE in value.scope.reduced and not value.scope.reduced & {BATCH, CHANNEL, UNKNOWN}:
+        gone = value.scope.reduced - value.scope.kept
+        if SPACE in value.scope.reduced and not gone & {BATCH, CHANNEL, UNKNOWN}:
             if SPACE in value.scope.kept:
                 self.note("average pooling to a fixed size is taken for a global one")
+            if value.other:
+                self.note(f"global pooling by {value.other} is taken for an average (glob_avg)")
             return Activation(self.flow.join("glob_avg", [value.row]), value.axes)
         return Activation(value.row, value.axes)
 
@@ -509,16 +516,18 @@ class _Reader:
         row = self.flow.add(primitive, [source], shape=(1, 1, *kernel))
         return Activation(row, _resize(x.axes, shape))
 
-    def reduce(self, x: Value, axes: Sequence[int]) -> Value:
+    def reduce(self, name: str, x: Value, axes: Sequence[int], where: str) -> Value:
         """Sums, maxima, ... over axes."""
         kept = tuple(axis for i, axis in enumerate(x.axes) if i not in axes)
         if isinstance(x, Parameter):
             return dataclasses.replace(x, axes=kept)
         gone = tuple(axis for i, axis in enumerate(x.axes) if i in axes)
         reduced = _labels(gone) | {label for a in gone for label, _ in a if label == SPACE}
+        other = "" if name == "reduce_sum" else f"{name} {_at(where)}"
         if isinstance(x, Statistic):
             reduced |= x.scope.reduced
-        return Statistic(x.row, kept, Scope(frozenset(reduced), _labels(kept)))
+            other = other or x.other
+        return Statistic(x.row, kept, Scope(frozenset(reduced), _labels(kept)), other)
 
     def concatenate(self, operands, axis: int, stacked: bool, shape, where: str) -> Value:
         """Concatenation, or stacking along a new axis."""
@@ -529,6 +538,7 @@ class _Reader:
         if stacked:
             axes = (*axes[:axis], ((UNKNOWN, 1),), *axes[axis:])
         axes = _resize(axes, shape)
+        other = next((x.other for x in data if isinstance(x, Statistic) and x.other), "")
         if not data:
             first = self.elementwise("concatenate", parameters, [], shape, where)
             return dataclasses.replace(first, changed="concatenate", axes=axes)
@@ -539,7 +549,7 @@ class _Reader:
                 group = ((SPACE, shape[axis]),)
                 axes = (*axes[:axis], group, *axes[axis + 1 :])
             scope = functools.reduce(Scope.__or__, [x.scope for x in data])
-            return Statistic(data[0].row, axes, Scope(scope.reduced, _labels(axes)))
+            return Statistic(data[0].row, axes, Scope(scope.reduced, _labels(axes)), other)
         rows = [self.activation(x).row for x in data]
         if len(rows) == 1:
             return dataclasses.replace(self.activation(data[0]), axes=axes)
