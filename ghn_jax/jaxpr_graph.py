@@ -307,7 +307,7 @@ class _Reader:
                 return [self.view(eqn, operands[0], shape) for shape in shapes]
         if name == "gather" and any(isinstance(x, Parameter) for x in operands[:1]):
             self.leave(operands[0], f"a table that is indexed {_at(where)}")
-            return [dataclasses.replace(self.activation(operands[1]), axes=_unknown(shapes[0]))]
+            return [dataclasses.replace(self.activation(operands[1]), axes=_image_axes(shapes[0]))]
         if name not in _ELEMENTWISE and name not in _VIEWS:
             self.note(f"{name} {_at(where)} is no primitive; edges pass through it")
         literals = [getattr(atom, "val", None) for atom in eqn.invars]
