@@ -336,7 +336,8 @@ class _Reader:
             names = ", ".join(sorted(self.names[leaf] for leaf in leaves)[:3])
             raise ValueError(
                 f"the model has a `{name}` {_at(where)} with parameters in it ({names}); loops and "
-                "branches are not followed: unroll it (nn.scan -> a Python loop)"
+                "branches are not followed: unroll a loop (nn.scan -> a Python loop), decide a "
+                "branch in Python (if ...:)"
             )
         self.note(f"{name} {_at(where)} is not followed; edges pass through it")
         return [self.elementwise(name, operands, [], shape, where) for shape in shapes]
