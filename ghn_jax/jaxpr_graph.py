@@ -435,7 +435,8 @@ class _Reader:
         if params["feature_group_count"] > 1:
             primitive = "dil_conv" if min(params["rhs_dilation"]) > 1 else "sep_conv"
         if max(params["lhs_dilation"]) > 1:
-            self.note(f"the transposed convolution {_at(where)} is taken for a convolution")
+            module = _module(where, self.names[p.leaf])
+            self.note(f"the transposed convolution {_at(module)} is taken for a convolution")
         if len(space) > 2:
             self.leave(p, f"a kernel of {len(space)} dimensions; decoded are up to 2")
             p = dataclasses.replace(p, changed="a convolution of more than 2 dimensions")
@@ -772,7 +773,7 @@ class _Reader:
                 what = "a norm's weight that varies with position"
             self.leave(p, f"{what} {_at(where)}: no primitive")
             return Activation(x.row, axes)
-        primitive = self._norm(scope, where)
+        primitive = self._norm(scope, _module(where, self.names[p.leaf]))
         size = math.prod(self.shapes[p.leaf])
         row = self.flow.add(
             primitive, [x.row], shape=(size,), name=self.names[p.leaf], weight=p.leaf
@@ -790,6 +791,11 @@ class _Reader:
         if SPACE in scope.reduced or CHANNEL in scope.kept:
             self.note(f"the norm {_at(where)} is taken for layer norm (ln)")
         return "ln"
+
+
+def _module(where: str, parameter: str) -> str:
+    """Where an equation is; NNX modules do not say so, but the names of their parameters do."""
+    return where or parameter.rpartition("/")[0]
 
 
 def _at(where: str) -> str:
