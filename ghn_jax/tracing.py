@@ -63,7 +63,7 @@ def _check_sample(sample) -> jax.ShapeDtypeStruct:
         )
     if 0 in shape:
         raise ValueError(f"the sample input of shape {tuple(shape)} is empty; give one image")
-    return jax.ShapeDtypeStruct(tuple(shape), dtype)
+    return jax.ShapeDtypeStruct(tuple(shape), jax.dtypes.canonicalize_dtype(dtype))
 
 
 def trace(
@@ -92,8 +92,9 @@ def trace(
         return _trace_nnx(model, sample, virtual_edges, call)
     if isinstance(model, nn.Module):
         return _trace_linen(model, sample, virtual_edges, initial, seed, call)
+    what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
     raise TypeError(
-        f"the model is a {type(model).__name__}; allowed: a module of flax.linen or flax.nnx"
+        f"the model is {what}; allowed: an instance of a module of flax.linen or flax.nnx"
     )
 
 
