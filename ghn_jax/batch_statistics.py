@@ -23,7 +23,8 @@ def _on_batch(momentum):
         kwargs = {**kwargs, "use_running_average": None}
         norm = module.clone(parent=None, name=None, use_running_average=False, momentum=momentum)
         ours.append(norm)
-        y, updated = norm.apply(module.variables, *args, mutable=["batch_stats"], **kwargs)
+        # The second argument is use_running_average.
+        y, updated = norm.apply(module.variables, *args[:1], mutable=["batch_stats"], **kwargs)
         ours.pop()
         if module.is_mutable_collection("batch_stats"):
             for name, value in updated["batch_stats"].items():
