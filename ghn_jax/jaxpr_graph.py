@@ -744,9 +744,10 @@ class _Reader:
         shape = self.shapes[p.leaf]
         space = [axis for axis in sorted(along) if along[axis] == SPACE]
         channels = math.prod(shape[axis] for axis in along if along[axis] == CHANNEL)
-        height, skip = shape[space[0]], 0
-        width = math.prod(shape[axis] for axis in space[1:])
-        if len(space) == 1:  # tokens: a square grid, perhaps after class tokens
+        grid = [i for i, axis in enumerate(x.axes) if {label for label, _ in axis} == {SPACE}]
+        height, *rest = [math.prod(n for _, n in p.axes[i]) for i in grid]
+        width, skip = math.prod(rest), 0
+        if len(grid) == 1:  # tokens: a square grid, perhaps after class tokens
             height = width = math.isqrt(shape[space[0]])
             skip = shape[space[0]] - height * width
         at = self.flow.add(
