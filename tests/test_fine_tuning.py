@@ -79,6 +79,18 @@ def test_averaged_statistics(predicted):
     assert jnp.isfinite(Net().apply(averaged, images[0])).all()
 
 
+def test_averages_turned_on_by_position():
+    class Positional(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm()(x, True)
+
+    x = jnp.arange(8.0).reshape(4, 2)
+    variables = Positional().init(jax.random.key(0), x)
+    y = ghn_jax.apply_on_batch(Positional(), variables, x)
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-6)
+
+
 def test_bad_statistics(predicted):
     variables, _ = predicted
     with pytest.raises(ValueError, match="no batch was given"):

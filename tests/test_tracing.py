@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import ghn_jax
 from ghn_jax import network
@@ -209,6 +210,27 @@ def tokens(m, x):
     return x + param(m, "position", (1, 257, 8))
 
 
+def tiled_tokens(m, x):
+    token = jnp.tile(param(m, "token", (1, 1, 8)), (2, 1, 1))
+    x = jnp.concatenate([token, x.reshape(2, 256, 8)], 1)
+    return x + jnp.tile(param(m, "position", (1, 257, 8)), (2, 1, 1))
+
+
+def unstacked_attention(m, x):
+    q, k, v = jnp.unstack(nn.DenseGeneral((3, 2, 4))(x.reshape(2, 256, 8)), axis=2)
+    return nn.Dense(4)(jax.nn.dot_product_attention(nn.LayerNorm()(q), k, v).reshape(2, 256, 8))
+
+
+def learned_query(m, x):
+    query = jnp.broadcast_to(param(m, "query", (1, 1, 8)), (2, 1, 8))
+    return nn.MultiHeadDotProductAttention(2)(query, x.reshape(2, 256, 8))
+
+
+def upsampled(m, x):
+    x = nn.Conv(8, (1, 1), use_bias=False)(x).reshape(2, 16, 16, 2, 2, 2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(2, 32, 32, 2).mean((1, 2))
+
+
 def shuffled(m, x):
     a, b = jnp.split(x, 2, -1)
     x = jnp.concatenate([a, nn.Conv(4, (1, 1), use_bias=False)(b)], -1)
@@ -301,11 +323,25 @@ LAYERS = {
         fused_attention,
         [("conv", (24, 8)), ("bias", (24,)), ("msa", None), ("conv", (4, 4)), ("bias", (4,))],
     ),
+    "unstacked attention": (
+        unstacked_attention,
+        [("conv", (24, 8)), ("bias", (24,)), ("ln", (4,)), ("msa", None), ("conv", (4, 8)),
+         ("bias", (4,))],
+    ),
+    "learned query": (
+        learned_query,
+        [("conv", (8, 8)), ("bias", (8,))] * 2 + [("msa", None), ("conv", (8, 8)), ("bias", (8,))],
+    ),
     "positions": (
         lambda m, x: x + param(m, "position", (16, 16, 8)),
         [("pos_enc", (1, 8, 16, 16)), ("sum", None)],
     ),
+    "positions of rows": (
+        lambda m, x: x + param(m, "position", (16, 1, 8)),
+        [("pos_enc", (1, 8, 16, 1)), ("sum", None)],
+    ),
     "positions of tokens": (tokens, [("pos_enc", (1, 8, 16, 16)), ("sum", None)]),
+    "tiled positions of tokens": (tiled_tokens, [("pos_enc", (1, 8, 16, 16)), ("sum", None)]),
     "pooling": (
         lambda m, x: nn.avg_pool(nn.max_pool(x, (2, 2), (2, 2)), (3, 3), (2, 2)),
         [("max_pool", (1, 1, 2, 2)), ("avg_pool", (1, 1, 3, 3))],
@@ -313,6 +349,15 @@ LAYERS = {
     "a window as large as the image": (
         lambda m, x: nn.Dense(3)(nn.avg_pool(x, (16, 16)).reshape(2, -1)),
         POOLED + DENSE,
+    ),
+    "maximum": (lambda m, x: x.max((1, 2)), POOLED),
+    "mean and maximum": (
+        lambda m, x: jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], -1), POOLED,
+    ),
+    "pooled pixel shuffle": (upsampled, [("conv", (8, 8, 1, 1)), *POOLED]),
+    "one channel": (
+        lambda m, x: nn.BatchNorm(use_running_average=True)(nn.Conv(1, (3, 3))(x)),
+        [("conv", (1, 8, 3, 3)), ("bias", (1,)), ("bn", (1,))],
     ),
     "a sum of three": (
         lambda m, x: x + nn.Dense(8, use_bias=False)(x) + nn.max_pool(x, (3, 3), padding="SAME"),
@@ -329,6 +374,14 @@ LAYERS = {
         [("conv", (3, 4)), ("bias", (3,))],
     ),
 }  # fmt: skip
+
+
+ATTENTION = "MultiHeadDotProductAttention_0"
+LEFT_OF = {
+    "positions of tokens": {"token"},
+    "tiled positions of tokens": {"token"},
+    "learned query": {"query", f"{ATTENTION}/query/kernel", f"{ATTENTION}/query/bias"},
+}
 
 
 def one_layer(function):
@@ -358,7 +411,7 @@ def test_layer(name):
     assert nodes[-1] == ("bias", (5,))
     assert len(graph.classifier) == 2
     left = {traced.paths[leaf] for leaf in traced.reading.reasons}
-    assert left == ({"token"} if name == "positions of tokens" else set())
+    assert left == LEFT_OF.get(name, set())
 
 
 def sources_of(graph, primitive):
@@ -369,6 +422,8 @@ def sources_of(graph, primitive):
 def test_edges_of_attention_and_excitation():
     graph = trace(one_layer(LAYERS["attention"][0]), FEATURES, 1, call={}).reading.graph
     assert sources_of(graph, "msa") == [2, 4, 6]  # the biases of query, key and value
+    graph = trace(one_layer(learned_query), FEATURES, 1, call={}).reading.graph
+    assert sources_of(graph, "msa") == [2, 4]
     graph = trace(one_layer(excite), FEATURES, 1, call={}).reading.graph
     assert sources_of(graph, "cse") == [0, 4]
     graph = trace(one_layer(lambda m, x: shuffled(m, x)), FEATURES, 1, call={}).reading.graph
@@ -384,6 +439,12 @@ def standardised(m, x):
 def unused(m, x):
     nn.Dense(7)(x)
     return nn.Dense(3)(x)
+
+
+def two_positions(m, x):
+    return nn.Dense(3)(
+        x.reshape(2, 128, 16) + (param(m, "p", (128, 16)) + param(m, "q", (128, 16)))
+    )
 
 
 def zero_centred(m, x):
@@ -403,6 +464,16 @@ LEFT = {
         lambda m, x: nn.Dense(3)(zero_centred(m, x)),
         {"scale": "the model applies add to it"},
     ),
+    "combined": (two_positions, {"p": "are no square grid", "q": "combined with p"}),
+    "a learned query": (
+        learned_query,
+        {
+            "query": "combined with",
+            f"{ATTENTION}/query/kernel": "multiplied image by image in Layer",
+            f"{ATTENTION}/query/bias": "combined with",
+        },
+    ),
+    "one number": (lambda m, x: x + param(m, "p", (1,)), {"p": "a number added"}),
     "no grid": (
         lambda m, x: nn.Dense(3)(x.reshape(2, 128, 16) + param(m, "p", (1, 128, 16))),
         {"p": "128 positions in Layer are no square grid"},
@@ -442,6 +513,9 @@ NOTES = {
     "instance norm": "the group or instance norm in Layer/InstanceNorm_0",
     "transposed kernel": "the transposed convolution in Layer/ConvTranspose_0",
     "shared": "Dense_0/kernel is shared",
+    "unstacked attention": "the norm in Layer/LayerNorm_0 is taken for layer norm",
+    "maximum": "global pooling by reduce_max in Layer is taken for an average",
+    "mean and maximum": "global pooling by reduce_max in Layer is taken for an average",
 }
 
 
@@ -467,6 +541,9 @@ def test_other_inputs():
     ((leaf, why),) = traced.reading.reasons.items()
     assert traced.paths[leaf] == "Embed_0/embedding"
     assert "a table that is indexed in Layer/Embed_0" in why
+    words = jax.ShapeDtypeStruct((2, 9), jnp.int32)
+    model = one_layer(lambda m, x: nn.Dense(3)(nn.Embed(10, 4)(x) + param(m, "p", (1, 9, 4))))
+    assert trace(model, words, 1, call={}).reading.graph.param_shapes[1] == (1, 4, 3, 3)
     volumes = jax.ShapeDtypeStruct((2, 8, 8, 8, 2), jnp.float32)
     model = one_layer(lambda m, x: nn.Dense(5)(nn.Conv(6, (3, 3, 3))(x).mean((1, 2, 3))))
     traced = trace(model, volumes, 1, call={})
@@ -494,6 +571,10 @@ def looped(m, x):
 
 BAD = {
     "a loop": (looped, r"a `scan` in Layer with parameters in it \(Dense_0/bias, Dense_0/kernel\)"),
+    "a branch": (
+        lambda m, x: nn.cond(x.sum() > 0, *[lambda m, x: nn.Dense(3, name="a")(x)] * 2, m, x),
+        "decide a branch in Python",
+    ),
     "two outputs": (lambda m, x: (nn.Dense(3)(x), nn.Dense(2)(x)), "returns 2 arrays; allowed"),
     "no parameters": (lambda m, x: nn.relu(x), "has no parameters"),
     "no input": (lambda m, x: nn.Dense(3)(jnp.ones((2, 2))), "does not depend on its input"),
@@ -521,9 +602,35 @@ def test_bad_samples(sample, message):
         model_graph(one_layer(lambda m, x: nn.Dense(3)(x)), sample)
 
 
+def test_notes_of_nnx_modules_say_where():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.GroupNorm(8, num_groups=2, rngs=rngs)
+            self.up = nnx.ConvTranspose(8, 4, (3, 3), strides=(2, 2), rngs=rngs)
+            self.second = nnx.GroupNorm(4, num_groups=2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.second(self.up(self.first(x)))
+
+    notes = trace(Net(nnx.Rngs(0)), FEATURES, 1, call={}).reading.notes
+    assert [note.split(" is taken")[0] for note in notes] == [
+        "the group or instance norm in first",
+        "the transposed convolution in up",
+        "the group or instance norm in second",
+    ]
+
+
+def test_a_sample_in_double_precision():
+    # NumPy's default type; warnings are errors here.
+    graph = model_graph(one_layer(lambda m, x: nn.Dense(3)(x)), np.zeros((2, 4)))
+    assert graph.param_shapes == [None, (3, 4), (3,)]
+
+
 def test_a_model_of_another_library():
-    with pytest.raises(TypeError, match=r"the model is a function; allowed: a module of flax"):
+    with pytest.raises(TypeError, match=r"the model is function; allowed: an instance"):
         model_graph(lambda x: x, IMAGES)
+    with pytest.raises(TypeError, match=r"the model is the class Dense; allowed: an instance"):
+        model_graph(nn.Dense, IMAGES)
 
 
 def test_draw_is_exported():
