@@ -71,7 +71,8 @@ def predict(
 
     Raises:
       TypeError: the model is no Flax module.
-      ValueError: the model cannot be traced (several outputs; loops with parameters in them), no
+      ValueError: the model cannot be traced (several outputs; loops or branches with parameters
+        in them), no
         parameter belongs to a primitive, or `strict` and some parameter is left.
     """
     traced = trace(model, sample, ghn.virtual_edges, initial=initial, seed=seed, call=call)
