@@ -16,11 +16,14 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import tyro
 
 from ghn_jax.compilation import keep_programs
 from ghn_jax.ghn import GHN
-from ghn_jax.resnet import resnet50_graph
+from ghn_jax.prediction import predict
+from ghn_jax.tracing import model_graph
+from ghn_jax.zoo import resnet50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +36,13 @@ class Options:
     once: bool = False  # print the seconds of one first prediction (for the processes)
 
 
-def predict(ghn: GHN, variables) -> float:
-    """Seconds of one prediction, the graph included."""
+SAMPLE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+
+
+def time_call(function, *arguments) -> float:
+    """Seconds of one call, results on the device included."""
     start = time.perf_counter()
-    graph = resnet50_graph(ghn.virtual_edges)
-    jax.block_until_ready(ghn.predict(variables, graph))
+    jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start
 
 
@@ -46,11 +51,15 @@ def main(options: Options) -> None:
     keep_programs(options.cache_dir)
     ghn = GHN()
     variables = jax.block_until_ready(ghn.init_variables(0))
-    first = predict(ghn, variables)
+    arguments = (ghn, variables, resnet50(), SAMPLE)
+    first = time_call(lambda: predict(*arguments)[0])
     if options.once:
         print(first)
         return
-    warm = [predict(ghn, variables) for _ in range(options.repeats)]
+    warm = [time_call(lambda: predict(*arguments)[0]) for _ in range(options.repeats)]
+    graph = model_graph(resnet50(), SAMPLE)
+    ghn.tensors(variables, graph)
+    traced = [time_call(ghn.tensors, variables, graph) for _ in range(options.repeats)]
     command = [sys.executable, __file__, "--once", "--cache-dir", str(options.cache_dir)]
     wholes, firsts = [], []
     for _ in range(options.processes):
@@ -62,11 +71,18 @@ def main(options: Options) -> None:
         "benchmark": "predict",
         "warm_seconds": round(statistics.median(warm), 3),
         "warm_slowest": round(max(warm), 3),
+        "traced_seconds": round(statistics.median(traced), 3),
+        "traced_slowest": round(max(traced), 3),
         "first_seconds": round(statistics.median(firsts), 2),
         "process_seconds": round(statistics.median(wholes), 2),
     }
     rows = (
         ("warm, median and slowest", result["warm_seconds"], result["warm_slowest"]),
+        (
+            "the same of its graph, traced before",
+            result["traced_seconds"],
+            result["traced_slowest"],
+        ),
         ("first in a process, programs in the cache", result["first_seconds"], ""),
         ("the whole process, imports included", result["process_seconds"], ""),
     )

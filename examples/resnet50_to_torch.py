@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import ghn_jax
-from ghn_jax.resnet import STAGES, ResNet50, resnet50_graph
+
+STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # width and number of blocks
 
 
 class Bottleneck(nn.Module):
@@ -62,16 +63,15 @@ def torch_resnet50(num_classes: int) -> nn.Module:
 def main(checkpoint: str) -> None:
     """Predicts, exports, runs both and compares."""
     ghn, variables = ghn_jax.load_torch_ghn(checkpoint)
-    graph = resnet50_graph(ghn.virtual_edges, num_classes=ghn.num_classes)
-    params = ghn.predict(variables, graph, ghn.num_classes)
+    network = ghn_jax.zoo.resnet50(ghn.num_classes)
     images = np.random.default_rng(0).standard_normal((64, 32, 32, 3), np.float32)
-    network = ResNet50(ghn.num_classes)
-    logits = jax.jit(lambda p, x: network.apply({"params": p}, x))(params, images)
+    predicted, _ = ghn_jax.predict(ghn, variables, network, images, strict=True)
+    params = {"params": predicted["params"]}  # what batch norm estimates is not predicted
+    logits = jax.jit(lambda p, x: ghn_jax.apply_on_batch(network, p, x))(params, images)
 
-    weights = ghn_jax.to_torch(params, graph)
+    weights = ghn_jax.to_torch(params, network)
     net = torch_resnet50(ghn.num_classes)
     result = net.load_state_dict({k: torch.tensor(v) for k, v in weights.items()}, strict=False)
-    # What batch norm estimates while it trains is no parameter; networks run on batch statistics.
     assert all(".running_" in k or "num_batches" in k for k in result.missing_keys), result
     assert not result.unexpected_keys, result
     net.train()

@@ -23,10 +23,11 @@ import tyro
 from ghn_jax.architecture import Architecture
 from ghn_jax.checkpoint import Checkpoints, load_ghn, save_ghn
 from ghn_jax.graph import Graph, build_graph
-from ghn_jax.resnet import resnet50_graph
 from ghn_jax.torch_file import read_torch, write_torch
 from ghn_jax.torch_ghn import load_torch_ghn, save_torch_ghn
+from ghn_jax.torch_models import abstract_variables
 from ghn_jax.torch_network import abstract_params, from_torch, to_torch
+from ghn_jax.zoo import MODELS, Model
 
 _TORCH = (".pt", ".safetensors")
 _Path = Annotated[Path, tyro.conf.Positional]
@@ -56,17 +57,19 @@ def convert_ghn(source: _Path, target: _Path) -> None:
         save_ghn(target, ghn, variables)
 
 
-def read_graph(net: str, num_classes: int, image_size: int) -> Graph:
-    """The graph of 'resnet50', or of the architecture in a JSON file.
+def read_network(net: str, num_classes: int, image_size: int) -> Graph | Model:
+    """The model of the zoo of that name, or the graph of the architecture in a JSON file.
 
     Raises:
       FileNotFoundError, ValueError: there is no such file, or it holds no architecture.
     """
-    if net == "resnet50":
-        return resnet50_graph(1, num_classes=num_classes, image_size=image_size)
+    if net in MODELS:
+        return MODELS[net](num_classes, image_size)
     path = Path(net)
     if not path.is_file():
-        raise FileNotFoundError(f"{net} does not exist; give 'resnet50' or a JSON file")
+        raise FileNotFoundError(
+            f"{net} does not exist; give a JSON file or one of {', '.join(MODELS)}"
+        )
     try:
         arch = Architecture.from_dict(json.loads(path.read_text()))
     except ValueError as error:
@@ -74,21 +77,28 @@ def read_graph(net: str, num_classes: int, image_size: int) -> Graph:
     return build_graph(arch, 1, num_classes=num_classes, image_size=image_size)
 
 
-def _read_network(path: Path, graph: Graph) -> dict:
-    """A `params` tree from a file or folder."""
+def _read_arrays(path: Path) -> dict:
+    """A state dict from a file."""
     if path.suffix == ".safetensors":
         try:
-            arrays = safetensors.numpy.load_file(path)
+            return safetensors.numpy.load_file(path)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
-        return from_torch(arrays, graph)
-    if path.suffix == ".pt":
-        arrays = read_torch(path)
-        if not isinstance(arrays, dict):
-            raise ValueError(f"{path} holds no state dict, but a {type(arrays).__name__}")
-        # Training programs save it beside other things.
-        return from_torch(arrays.get("state_dict", arrays), graph)
-    return Checkpoints(path).load(params=abstract_params(graph))[2]["params"]
+    arrays = read_torch(path)
+    if not isinstance(arrays, dict):
+        raise ValueError(f"{path} holds no state dict, but a {type(arrays).__name__}")
+    # Training programs save it beside other things.
+    return arrays.get("state_dict", arrays)
+
+
+def _read_variables(path: Path, network: Graph | Model) -> dict:
+    """A network's variables from a file, or its parameters from a folder."""
+    is_graph = isinstance(network, Graph)
+    if path.suffix in _TORCH:
+        variables = from_torch(_read_arrays(path), network)
+        return {"params": variables} if is_graph else variables
+    like = abstract_params(network) if is_graph else abstract_variables(network)["params"]
+    return Checkpoints(path).load(params=like)[2]
 
 
 def convert_network(
@@ -101,16 +111,20 @@ def convert_network(
     """Converts the parameters of a network.
 
     Args:
-      net: resnet50, or a JSON file with an architecture (`Architecture.to_dict`).
-      source: its parameters: a state dict, or a folder written by this program.
+      net: a model of `ghn_jax.zoo` (resnet50), or a JSON file with an architecture
+        (`Architecture.to_dict`).
+      source: its parameters: a state dict, or a folder written by this program (which has no
+        running statistics).
       target: the file or folder to write.
       num_classes: classes of the network.
       image_size: height and width of its images, in pixels.
     """
     _check(source, target)
-    graph = read_graph(net, num_classes, image_size)
-    params = _read_network(source, graph)
-    arrays = to_torch(params, graph)  # checks names and shapes
+    network = read_network(net, num_classes, image_size)
+    variables = _read_variables(source, network)
+    params = variables["params"]
+    # Checks names and shapes.
+    arrays = to_torch(params if isinstance(network, Graph) else variables, network)
     if target.suffix == ".pt":
         write_torch(arrays, target)
     elif target.suffix == ".safetensors":

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ghn_jax import zoo
 from ghn_jax.architecture import DARTS, PDARTS, VIT, Architecture
+from ghn_jax.batch_statistics import apply_on_batch
 from ghn_jax.evaluation_sets import RESNET50
 from ghn_jax.ghn import GHN
-from ghn_jax.graph import Graph
 from ghn_jax.images import Images, eval_batches
 from ghn_jax.network import build_network
-from ghn_jax.resnet import ResNet50, resnet50_graph
+from ghn_jax.prediction import predict
 
 
 class Accuracy(NamedTuple):
@@ -36,7 +37,7 @@ class Accuracy(NamedTuple):
 
 def _count_correct(network: nn.Module, params, images, labels, counted) -> jax.Array:
     """(2,) how often the right class is the first, and among the first five."""
-    logits = network.apply({"params": params}, images)
+    logits = apply_on_batch(network, {"params": params}, images)
     # The right class's rank; a class that ties with it counts as ahead of it.
     target = jnp.take_along_axis(logits, labels[:, None], axis=1)
     rank = (logits >= target).sum(1) - 1
@@ -70,7 +71,7 @@ def evaluate_network(
     """Accuracies of a network on a set of images, batch norm on batch statistics.
 
     Args:
-      network: from `build_network`.
+      network: from `build_network`, or another Linen module.
       candidates: trees of parameters for it; it is compiled once for all.
       images: the images.
       batch_size: images in a batch; all are of this size.
@@ -116,15 +117,17 @@ def named_architectures(width: int, n_cells: int = 8) -> dict[str, Architecture]
     }
 
 
-def graph_and_network(
-    ghn: GHN, arch: Architecture | str, image_size: int
-) -> tuple[Graph, nn.Module]:
-    """The graph and the Flax module of an architecture, or of 'resnet50'."""
+def predict_network(
+    ghn: GHN, variables, arch: Architecture | str, image_size: int
+) -> tuple[nn.Module, dict]:
+    """The Flax module of an architecture, or of 'resnet50', and its predicted parameters."""
     if arch == RESNET50:
-        options = {"num_classes": ghn.num_classes, "image_size": image_size}
-        return resnet50_graph(ghn.virtual_edges, **options), ResNet50(**options)
-    graph = ghn.graph(arch, image_size=image_size)
-    return graph, build_network(arch, ghn.num_classes, image_size)
+        network = zoo.resnet50(ghn.num_classes, image_size)
+        sample = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+        predicted, _ = predict(ghn, variables, network, sample, strict=True)
+        return network, predicted["params"]
+    params = ghn.predict(variables, arch, ghn.num_classes, image_size)
+    return build_network(arch, ghn.num_classes, image_size), params
 
 
 def evaluate_ghn(
@@ -154,8 +157,7 @@ def evaluate_ghn(
     records = []
     for name, arch in architectures:
         start = time.perf_counter()
-        graph, network = graph_and_network(ghn, arch, images.image_size)
-        params = ghn.predict(variables, graph, ghn.num_classes, images.image_size)
+        network, params = predict_network(ghn, variables, arch, images.image_size)
         jax.block_until_ready(params)
         predict_seconds = time.perf_counter() - start
         candidates = [params]

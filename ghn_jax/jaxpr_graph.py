@@ -1,9 +1,7 @@
 """Reads computational graphs from jaxprs: the only file that knows them, as they are no stable API.
 
-`read_graph` interprets the jaxpr of a model's call abstractly. A value is what it comes from: a row
-of a `Flow` (an `Activation`), activations reduced over some axes (a `Statistic`, of which norms,
-squeeze-excite blocks and global pooling are made), a parameter, or a constant. Nothing is executed
-and no array is made.
+`read_graph` interprets the jaxpr of a model's call with `abstract_values` in place of arrays: a
+value is what it comes from, a row of a `Flow`, a parameter or a constant. Nothing is executed.
 """
 
 from __future__ import annotations
@@ -20,89 +18,30 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from ghn_jax.abstract_values import (
+    BATCH,
+    CHANNEL,
+    RUNNING,
+    SPACE,
+    UNKNOWN,
+    Activation,
+    Axes,
+    Constant,
+    Parameter,
+    Scope,
+    Statistic,
+    Value,
+    image_axes,
+    labels_of,
+    merge,
+    product_axes,
+    regroup,
+    resize,
+    spatial_axes,
+    unknown_axes,
+)
 from ghn_jax.flow import SCORES, THROUGH, Flow
 from ghn_jax.graph import Graph
-
-# The axes of a value: for each the (label, size) of what is laid out along it, major first. Labels
-# of activations are BATCH, SPACE, CHANNEL or UNKNOWN, of parameters the axis of the tensor.
-BATCH, SPACE, CHANNEL, UNKNOWN = "bsc?"
-Axes = tuple[tuple[tuple[Any, int], ...], ...]
-
-
-class Scope(NamedTuple):
-    """What a statistic is taken over, and what it still depends on: labels of axes."""
-
-    reduced: frozenset[str]
-    kept: frozenset[str]
-
-    def __or__(self, other):
-        return Scope(self.reduced | other.reduced, self.kept | other.kept)
-
-    def beyond(self, other: Scope) -> Scope:
-        """Of a statistic of reduced values: what it is taken over in addition."""
-        return Scope(self.reduced - other.reduced, self.kept)
-
-
-RUNNING = Scope(frozenset((BATCH, SPACE)), frozenset(CHANNEL))  # of running averages
-
-
-@dataclasses.dataclass(frozen=True)
-class Constant:
-    """Neither from the input nor from parameters; `state`: from the model's other variables."""
-
-    state: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """A parameter as it is, or reshaped, transposed, sliced, scaled.
-
-    Attributes:
-      leaf: which one.
-      axes: what of it lies along the axes.
-      others: parameters that it was combined with.
-      scope: of the statistic that it was multiplied with: a norm's weight.
-      changed: an operation after which the tensor's values are no weights any more.
-    """
-
-    leaf: int
-    axes: Axes
-    others: frozenset[int] = frozenset()
-    scope: Scope | None = None
-    changed: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Activation:
-    """The output of a row, or a function of it.
-
-    Attributes:
-      row: of the flow.
-      axes: see `Axes`.
-      scope: of the statistic that it was divided by, as in a norm.
-      fresh: nothing but reshaping has happened since the row was added.
-    """
-
-    row: int
-    axes: Axes
-    scope: Scope | None = None
-    fresh: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Statistic:
-    """A row's output reduced over some axes; see `Activation` and `Scope`.
-
-    `other` says by what, and where, unless it is a sum.
-    """
-
-    row: int
-    axes: Axes
-    scope: Scope
-    other: str = ""
-
-
-Value = Constant | Parameter | Activation | Statistic
 
 
 class Placement(NamedTuple):
@@ -120,68 +59,6 @@ class Placement(NamedTuple):
     tensor: str
     roles: tuple[str, ...]
     skip: int = 0
-
-
-# --- Axes -----------------------------------------------------------------------------------------
-
-
-def _regroup(axes: Axes, shape: Sequence[int]) -> Axes:
-    """The axes of a reshaped value."""
-    atoms = [atom for axis in axes for atom in axis][::-1]
-    result = []
-    for size in shape:
-        group, have = [], 1
-        while have < size and atoms:
-            label, n = atoms.pop()
-            if size % (have * n):  # the atom is split
-                part = size // have
-                if part == 0 or n % part:
-                    return _unknown(shape)
-                atoms.append((label, n // part))
-                n = part
-            group.append((label, n))
-            have *= n
-        if size == 1 and atoms and atoms[-1][1] == 1:
-            group.append(atoms.pop())
-        if have != size:
-            return _unknown(shape)
-        result.append(tuple(group))
-    return tuple(result)
-
-
-def _unknown(shape: Sequence[int]) -> Axes:
-    return tuple(((UNKNOWN, size),) for size in shape)
-
-
-def _resize(axes: Axes, shape: Sequence[int]) -> Axes:
-    """The axes of a value of which each axis was cut, padded or repeated."""
-    return tuple(
-        axis
-        if math.prod(n for _, n in axis) == size
-        else tuple((label, size) for label, _ in axis[:1])
-        for axis, size in zip(axes, shape, strict=True)
-    )
-
-
-def _merge(axes: Sequence[Axes], shape: Sequence[int]) -> Axes:
-    """The axes of an elementwise function of values that broadcast against each other."""
-    result = []
-    for i, size in enumerate(shape):
-        groups = [a[i] for a in axes if len(a) == len(shape) and a[i]]
-        fitting = [g for g in groups if math.prod(n for _, n in g) == size]
-        result.append((fitting or [()])[0])
-    return tuple(result)
-
-
-def _labels(axes: Axes) -> frozenset[str]:
-    """Labels of what varies along some axes (the batch may be of size 1)."""
-    return frozenset(label for axis in axes for label, n in axis if n > 1 or label == BATCH)
-
-
-def _image_axes(shape: Sequence[int]) -> Axes:
-    """The axes of an input: the batch first, channels last."""
-    labels = [BATCH, *[SPACE] * (len(shape) - 2), CHANNEL][: len(shape)]
-    return tuple(((label, size),) for label, size in zip(labels, shape, strict=True))
 
 
 # --- Primitives of JAX ----------------------------------------------------------------------------
@@ -307,7 +184,7 @@ class _Reader:
                 return [self.view(eqn, operands[0], shape) for shape in shapes]
         if name == "gather" and any(isinstance(x, Parameter) for x in operands[:1]):
             self.leave(operands[0], f"a table that is indexed {_at(where)}")
-            return [dataclasses.replace(self.activation(operands[1]), axes=_image_axes(shapes[0]))]
+            return [dataclasses.replace(self.activation(operands[1]), axes=image_axes(shapes[0]))]
         if name not in _ELEMENTWISE and name not in _VIEWS:
             self.note(f"{name} {_at(where)} is no primitive; edges pass through it")
         literals = [getattr(atom, "val", None) for atom in eqn.invars]
@@ -425,7 +302,7 @@ class _Reader:
             x = self.elementwise("conv", [x, p], [], shape, where)
             if isinstance(x, (Constant, Parameter)):
                 return x
-            return dataclasses.replace(x, axes=_spatial_axes(numbers.out_spec, shape))
+            return dataclasses.replace(x, axes=spatial_axes(numbers.out_spec, shape))
         x = self.activation(x)
         out, in_, *space = numbers.rhs_spec
         axes = {"o": [out], "i": [in_], **dict(zip(("h", "w"), ([s] for s in space), strict=False))}
@@ -441,7 +318,7 @@ class _Reader:
             self.leave(p, f"a kernel of {len(space)} dimensions; decoded are up to 2")
             p = dataclasses.replace(p, changed="a convolution of more than 2 dimensions")
         row = self.weight(p, primitive, x.row, axes, where)
-        return Activation(row, _spatial_axes(numbers.out_spec, shape), fresh=True)
+        return Activation(row, spatial_axes(numbers.out_spec, shape), fresh=True)
 
     def depthwise(self, x: Value, p: Value, dilation: int, shape, where: str) -> Value:
         """`kernels.depthwise`."""
@@ -449,17 +326,17 @@ class _Reader:
         axes = {"o": [2], "i": [], "h": [0], "w": [1]}
         primitive = "dil_conv" if dilation > 1 else "sep_conv"
         row = self.weight(p, primitive, x.row, axes, where)
-        return Activation(row, _resize(x.axes, shape), fresh=True)
+        return Activation(row, resize(x.axes, shape), fresh=True)
 
     def product(self, params, a: Value, b: Value, shape, where: str) -> Value:
         """dot_general: a dense layer, attention, or with a constant."""
         (contract, batch) = params["dimension_numbers"]
-        axes = _product_axes(a, b, contract, batch, shape)
+        axes = product_axes(a, b, contract, batch, shape)
         data = [x for x in (a, b) if isinstance(x, (Activation, Statistic))]
         parameters = [x for x in (a, b) if isinstance(x, Parameter)]
         side = 0 if a in data else 1
         # A kernel is the same for all images: what has the batch's axis as well is a learned query.
-        query = parameters and data and BATCH in _labels([data[0].axes[i] for i in batch[side]])
+        query = parameters and data and BATCH in labels_of([data[0].axes[i] for i in batch[side]])
         if len(data) == 2 or query:
             for p in parameters:
                 self.leave(p, f"multiplied image by image {_at(where)}, as learned queries are")
@@ -498,7 +375,7 @@ class _Reader:
         params = eqn.params
         size = params["window_dimensions"]
         if isinstance(x, Parameter):
-            return dataclasses.replace(x, axes=_resize(x.axes, shape), changed="pooling")
+            return dataclasses.replace(x, axes=resize(x.axes, shape), changed="pooling")
         space = [i for i, axis in enumerate(x.axes) if any(label == SPACE for label, _ in axis)]
         space = space or list(range(1, len(size) - 1))
         if max(size) == 1 and shape == tuple(v.aval.shape for v in eqn.invars[:1])[0]:
@@ -508,15 +385,15 @@ class _Reader:
             name = "_max" if "max" in str(params["jaxpr"]) else "_sum"
         before = eqn.invars[0].aval.shape
         if name == "_sum" and all(size[i] >= before[i] for i in space):
-            scope = Scope(frozenset(SPACE), _labels(x.axes) - {SPACE})
-            return Statistic(self.activation(x).row, _resize(x.axes, shape), scope)
+            scope = Scope(frozenset(SPACE), labels_of(x.axes) - {SPACE})
+            return Statistic(self.activation(x).row, resize(x.axes, shape), scope)
         if name not in ("_max", "_sum"):
             self.note(f"{eqn.primitive.name} {_at(where)} is taken for max pooling")
         kernel = [1, *(size[i] for i in space)][-2:]
         source = self.activation(x).row
         primitive = "avg_pool" if name == "_sum" else "max_pool"
         row = self.flow.add(primitive, [source], shape=(1, 1, *kernel))
-        return Activation(row, _resize(x.axes, shape))
+        return Activation(row, resize(x.axes, shape))
 
     def reduce(self, name: str, x: Value, axes: Sequence[int], where: str) -> Value:
         """Sums, maxima, ... over axes."""
@@ -524,12 +401,12 @@ class _Reader:
         if isinstance(x, Parameter):
             return dataclasses.replace(x, axes=kept)
         gone = tuple(axis for i, axis in enumerate(x.axes) if i in axes)
-        reduced = _labels(gone) | {label for a in gone for label, _ in a if label == SPACE}
+        reduced = labels_of(gone) | {label for a in gone for label, _ in a if label == SPACE}
         other = "" if name == "reduce_sum" else f"{name} {_at(where)}"
         if isinstance(x, Statistic):
             reduced |= x.scope.reduced
             other = other or x.other
-        return Statistic(x.row, kept, Scope(frozenset(reduced), _labels(kept)), other)
+        return Statistic(x.row, kept, Scope(frozenset(reduced), labels_of(kept)), other)
 
     def concatenate(self, operands, axis: int, stacked: bool, shape, where: str) -> Value:
         """Concatenation, or stacking along a new axis."""
@@ -539,7 +416,7 @@ class _Reader:
         axes = live[-1].axes
         if stacked:
             axes = (*axes[:axis], ((UNKNOWN, 1),), *axes[axis:])
-        axes = _resize(axes, shape)
+        axes = resize(axes, shape)
         other = next((x.other for x in data if isinstance(x, Statistic) and x.other), "")
         if not data:
             first = self.elementwise("concatenate", parameters, [], shape, where)
@@ -551,7 +428,7 @@ class _Reader:
                 group = ((SPACE, shape[axis]),)
                 axes = (*axes[:axis], group, *axes[axis + 1 :])
             scope = functools.reduce(Scope.__or__, [x.scope for x in data])
-            return Statistic(data[0].row, axes, Scope(scope.reduced, _labels(axes)), other)
+            return Statistic(data[0].row, axes, Scope(scope.reduced, labels_of(axes)), other)
         rows = [self.activation(x).row for x in data]
         if len(rows) == 1:
             return dataclasses.replace(self.activation(data[0]), axes=axes)
@@ -563,7 +440,7 @@ class _Reader:
         """A value laid out otherwise."""
         name, params, axes = eqn.primitive.name, eqn.params, x.axes
         if name == "reshape":
-            axes = _regroup(axes, shape)
+            axes = regroup(axes, shape)
         elif name == "transpose":
             axes = tuple(axes[i] for i in params["permutation"])
         elif name == "squeeze":
@@ -573,7 +450,7 @@ class _Reader:
             axes = tuple(axis for i, axis in enumerate(axes) if i != params["axis"])
         elif name == "tile":  # what had size 1 does not vary along the axis, as if broadcast
             sizes = zip(axes, eqn.invars[0].aval.shape, shape, strict=True)
-            axes = _resize([() if n == 1 < size else axis for axis, n, size in sizes], shape)
+            axes = resize([() if n == 1 < size else axis for axis, n, size in sizes], shape)
         elif name == "broadcast_in_dim":
             before = eqn.invars[0].aval.shape
             at = dict(zip(params["broadcast_dimensions"], range(len(axes)), strict=True))
@@ -582,9 +459,9 @@ class _Reader:
                 for i, size in enumerate(shape)
             )
         elif len(axes) == len(shape):
-            axes = _resize(axes, shape)
+            axes = resize(axes, shape)
         else:
-            axes = _unknown(shape)
+            axes = unknown_axes(shape)
         return dataclasses.replace(x, axes=axes)
 
     def elementwise(self, name: str, operands, literals, shape, where: str) -> Value:
@@ -596,7 +473,7 @@ class _Reader:
             return self._parameters(name, operands, parameters, literals, shape, state)
         if len({x.row for x in data}) > 1:
             data = [self.activation(x) for x in data]
-        axes = _merge([x.axes for x in data], shape)
+        axes = merge([x.axes for x in data], shape)
         if len(data) > 1:
             value = self._several(name, data, axes, where)
         elif parameters:
@@ -620,7 +497,7 @@ class _Reader:
         changed = main.changed or ("" if name in keeps and not shifted else name)
         axes = [p.axes for p in parameters if p.leaf == main.leaf]
         full = [a for a in axes if len(a) == len(shape)]
-        axes = _merge(full, shape) if full else _unknown(shape)
+        axes = merge(full, shape) if full else unknown_axes(shape)
         return Parameter(main.leaf, axes, frozenset(others), scope, changed)
 
     def _one(self, name: str, x: Activation | Statistic, axes: Axes, state: bool) -> Value:
@@ -649,7 +526,7 @@ class _Reader:
                     most = max(statistics, key=lambda x: len(x.scope.reduced))
                     row = self.activation(least).row
                     return Activation(row, axes, most.scope.beyond(least.scope))
-                return Statistic(rows[0], axes, Scope(scope.reduced, _labels(axes)))
+                return Statistic(rows[0], axes, Scope(scope.reduced, labels_of(axes)))
             if statistics:
                 scope = statistics[0].scope if scale else None
                 return Activation(rows[0], axes, scope)
@@ -676,11 +553,11 @@ class _Reader:
 
     def _with_parameter(self, name, x: Value, p: Parameter, axes, shape, where) -> Value:
         """A function of an activation and a parameter."""
-        axes = _merge([axes, p.axes], shape) if len(p.axes) == len(shape) else axes
+        axes = merge([axes, p.axes], shape) if len(p.axes) == len(shape) else axes
         if isinstance(x, Statistic):
             if name in ("mul", "div") and p.scope in (None, x.scope):
                 # The factor of a norm on its way: its weight times the inverse deviation.
-                p_axes = _merge([p.axes], shape) if len(p.axes) == len(shape) else p.axes
+                p_axes = merge([p.axes], shape) if len(p.axes) == len(shape) else p.axes
                 return dataclasses.replace(p, axes=p_axes, scope=x.scope)
             if p.scope is not None:  # the norm of pooled features
                 p = dataclasses.replace(p, scope=p.scope.beyond(x.scope))
@@ -803,28 +680,6 @@ def _at(where: str) -> str:
     return f"in {where}" if where else "in the model"
 
 
-def _spatial_axes(spec: Sequence[int], shape) -> Axes:
-    """The axes of a convolution's output: spec lists those of batch, channels and space."""
-    labels = {spec[0]: BATCH, spec[1]: CHANNEL}
-    return tuple(((labels.get(i, SPACE), n),) for i, n in enumerate(shape))
-
-
-def _product_axes(a: Value, b: Value, contract, batch, shape) -> Axes:
-    """The axes of dot_general's output: batch, free axes of the left, of the right."""
-    parts: list[tuple] = []
-    known = [getattr(x, "axes", None) for x in (a, b)]
-    reference = 0 if known[0] is not None else 1
-    parts += [known[reference][i] for i in batch[reference]]
-    for x, side in zip(known, (0, 1), strict=True):
-        if x is None:
-            break
-        used = {*contract[side], *batch[side]}
-        parts += [axis for i, axis in enumerate(x) if i not in used]
-    if len(parts) != len(shape):
-        return _unknown(shape)
-    return _resize(tuple(parts), shape)
-
-
 # --- What the rest of the package calls -----------------------------------------------------------
 
 
@@ -874,7 +729,7 @@ def read_graph(
         for i, leaf in enumerate(leaves)
     ]
     inputs += [Constant(state=True)] * len(jax.tree.leaves(state))
-    inputs.append(Activation(0, _image_axes(sample.shape)))
+    inputs.append(Activation(0, image_axes(sample.shape)))
     consts: list[Value] = [Constant() for _ in closed.consts]
     (last,) = reader.run(closed.jaxpr, consts, inputs, "")
     if isinstance(last, (Constant, Parameter)):

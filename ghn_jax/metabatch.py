@@ -13,16 +13,16 @@ from ghn_jax.architecture import Architecture
 from ghn_jax.executor.bucket import Bucket, Capacity
 from ghn_jax.executor.program import (
     Instructions,
+    Plan,
     TileRows,
     compile_instructions,
-    list_steps,
-    needed_capacity,
+    make_plan,
     tile_rows,
 )
 from ghn_jax.ghn import GHN
 from ghn_jax.graph import Graph, count_nodes, next_power_of_two, pad_graphs
 from ghn_jax.parameters import TileKind
-from ghn_jax.wiring import Wiring, wire
+from ghn_jax.wiring import wire
 
 # A meta-batch of up to 8 architectures with more nodes than this is passed over, as in the authors'
 # code; of more architectures, with more than so many for every 8.
@@ -104,14 +104,13 @@ def common_capacity(needed: Iterable[Capacity]) -> Capacity:
     return Capacity(*(next_power_of_two(max(field)) for field in fields))
 
 
-def _cost(wiring: Wiring) -> float:
+def _cost(plan: Plan) -> float:
     """A rough cost of running an architecture: multiplications and memory traffic, in no unit."""
-    bucket = Bucket.of(wiring)
     cost = 0.0
-    for step in list_steps(wiring, bucket)[0]:
+    for step in plan.steps:
         if step.target is None:
             continue
-        size, channels = bucket.planes[step.kind.target]
+        size, channels = plan.bucket.planes[step.kind.target]
         taps = {"3": 9, "5": 25, "7": 49, "x1": 14}.get(step.kind.name.split("_")[-1][-2:], 1)
         dense = step.kind.name.startswith(("conv", "stem"))
         per_pixel = (taps * channels if dense else taps * 8 + channels) * len(step.sources)
@@ -157,18 +156,17 @@ def _pad_graph(graphs: Sequence[Graph], share: int, graph_nodes: int) -> jraph.G
 
 
 def _make_group(
-    ghn: GHN, members, architectures, wirings, share, *, image_size, graph_nodes, capacity
+    ghn: GHN, members, architectures, plans, share, *, image_size, graph_nodes, capacity
 ):
     graphs = [ghn.graph(architectures[i], image_size=image_size) for i in members]
     rows, names = tile_rows(graphs, _row_capacity(image_size, share))
     spare = len(rows.nodes[TileKind("vector")]) - 1
     programs = []
     for i, row_of in zip(members, names, strict=True):
-        bucket = Bucket.of(wirings[i])
-        needed = needed_capacity(wirings[i])
+        needed = plans[i].needed
         room = common_capacity([needed] if capacity is None else [needed, capacity])
-        table = compile_instructions(wirings[i], bucket, room, row_of, spare, ghn.normalise)
-        programs.append(Program(bucket, room, table))
+        table = compile_instructions(plans[i], room, row_of, spare, ghn.normalise)
+        programs.append(Program(plans[i].bucket, room, table))
     graph = _pad_graph(graphs, share, graph_nodes)
     return Group(tuple(members), graph, rows, tuple(programs)), [len(g) for g in graphs]
 
@@ -207,21 +205,21 @@ def make_meta_batch(
             f"{len(architectures)} architectures cannot be divided between {n_groups} groups; give "
             "as many or more"
         )
-    wirings = [wire(a, num_classes=ghn.num_classes, image_size=image_size) for a in architectures]
-    costs = [_cost(w) for w in wirings] if n_groups > 1 else [0.0] * len(wirings)
-    divided = divide(costs, n_groups)
+    options = {"num_classes": ghn.num_classes, "image_size": image_size}
+    plans = [make_plan(wire(arch, **options)) for arch in architectures]
+    divided = divide([_cost(plan) for plan in plans], n_groups)
     share = -(-len(architectures) // n_groups)
     sizes: dict[int, int] = {}
     groups = []
     for members in divided if local is None else divided[local.start : local.stop]:
         group, nodes = _make_group(
-            ghn, members, architectures, wirings, share,
+            ghn, members, architectures, plans, share,
             image_size=image_size, graph_nodes=graph_nodes, capacity=capacity,
         )  # fmt: skip
         groups.append(group)
         sizes.update(zip(members, nodes, strict=True))
     # Of architectures that other processes prepare, only the number of nodes matters here.
-    nodes = sum(sizes[i] if i in sizes else count_nodes(w) for i, w in enumerate(wirings))
+    nodes = sum(sizes[i] if i in sizes else count_nodes(p.wiring) for i, p in enumerate(plans))
     return MetaBatch(tuple(groups), nodes, tuple(architectures), position)
 
 
@@ -252,7 +250,7 @@ class Stream:
         """Room for nearly every architecture of the stream: for each of its first 256."""
         options = {"num_classes": self.ghn.num_classes, "image_size": self.image_size}
         first = (wire(self.architecture(i), **options) for i in range(256))
-        return common_capacity(map(needed_capacity, first))
+        return common_capacity(make_plan(wiring).needed for wiring in first)
 
     def batches(self, start: int) -> Iterator[MetaBatch]:
         """Meta-batches from a position of the stream on."""

@@ -193,16 +193,3 @@ def named_tree(graph: Graph, tensors: dict[int, dict[str, object]]) -> dict:
         for leaf, tensor in leaves.items():
             insert(params, (*path, leaf), tensor)
     return params
-
-
-def assemble(graph: Graph, tiles: dict[int, object], normalise: bool, xp) -> dict:
-    """Makes the `params` tree of a network from its nodes' tiles.
-
-    Args:
-      graph: the network's graph.
-      tiles: node -> decoded tile, for every node that has one.
-      normalise: apply the normalisation of § 4.1.
-      xp: `numpy` or `jax.numpy`.
-    """
-    tensors = {node: node_tensors(graph, node, t, normalise, xp) for node, t in tiles.items()}
-    return named_tree(graph, tensors)

@@ -30,8 +30,6 @@ from ghn_jax.batch_statistics import apply_on_batch
 from ghn_jax.compilation import executor_options
 from ghn_jax.counts import count_parameters
 from ghn_jax.deepnets1m import DeepNets1M
-from ghn_jax.evaluation import graph_and_network
-from ghn_jax.evaluation_sets import RESNET50
 from ghn_jax.executor.run import execute
 from ghn_jax.executor.tiles import decode_tiles
 from ghn_jax.ghn import GHN
@@ -143,9 +141,9 @@ class _Candidate(NamedTuple):
     logits: Callable[[jax.Array], jax.Array]
 
 
-def _named(ghn: GHN, variables, arch: Architecture | str) -> _Candidate:
-    """A network whose graph is built without tracing it."""
-    graph, network = graph_and_network(ghn, arch, image_size=32)
+def _built(ghn: GHN, variables, arch: Architecture) -> _Candidate:
+    """A network of the design space, whose graph is built without tracing it."""
+    graph, network = ghn.graph(arch), build_network(arch, ghn.num_classes)
     params = ghn.predict(variables, graph, ghn.num_classes)
     return _Candidate(
         graph, to_torch(params, graph), lambda x: network.apply({"params": params}, x)
@@ -192,25 +190,12 @@ def _parameter_error(params: Mapping[str, np.ndarray], shapes: Mapping, file: Ma
 
 
 def check_network(entry: Mapping, file: Mapping, ghn: GHN, variables, images) -> dict[str, float]:
-    """Errors of one network: graph, embedding, parameters and logits; the worst of all ways to it.
-
-    Networks of the design space have graphs of their own; those of torchvision are traced, and
-    ResNet-50 is checked both ways.
-    """
-    name = entry["net"].get("torchvision")
-    ways = []
-    if name in (None, RESNET50):
-        ways.append(_named(ghn, variables, name or Architecture.from_dict(entry["net"])))
-    if name is not None:
-        ways.append(_traced(ghn, variables, name))
-    errors: dict[str, float] = {}
-    for way in ways:
-        for kind, error in _network_errors(entry, file, ghn, variables, images, way).items():
-            errors[kind] = max(error, errors.get(kind, 0.0))
-    return errors
-
-
-def _network_errors(entry, file, ghn, variables, images, candidate) -> dict[str, float]:
+    """Errors of one network: graph, embedding, parameters and logits."""
+    net = entry["net"]
+    if "torchvision" in net:
+        candidate = _traced(ghn, variables, net["torchvision"])
+    else:
+        candidate = _built(ghn, variables, Architecture.from_dict(net))
     graph = candidate.graph
     names = entry.get("primitives", PRIMITIVES)
     theirs = [names[p] for p in file["node_primitive"]]

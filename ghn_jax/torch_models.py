@@ -127,6 +127,12 @@ def _leaf_from_torch(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return x.reshape(shape)
 
 
+def abstract_variables(model: Model) -> dict:
+    """A model's variables as shapes: `jax.ShapeDtypeStruct` for each array."""
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
 @functools.lru_cache(maxsize=32)
 def tensors(model: Model) -> tuple[Tensor, ...]:
     """All tensors of a model's state dict but the counters of batch norm.
@@ -142,9 +148,7 @@ def tensors(model: Model) -> tuple[Tensor, ...]:
             f"weights of {type(model).__name__} are not converted; allowed: the models of "
             "ghn_jax.zoo, an Architecture or its Graph"
         )
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    leaves = {path: x.shape for path, x in flatten_dict(variables).items()}
+    leaves = {path: x.shape for path, x in flatten_dict(abstract_variables(model)).items()}
     found = []
     for path in leaves:
         if path[-2] in ATTENTION[1:]:

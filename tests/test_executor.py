@@ -23,17 +23,15 @@ from ghn_jax.executor.program import (
     Instructions,
     compile_instructions,
     fits,
-    give_places,
     kinds_of,
-    list_steps,
-    needed_capacity,
+    make_plan,
     tile_rows,
 )
 from ghn_jax.executor.tiles import decode_tiles
 from ghn_jax.ghn import GHN
 from ghn_jax.graph import Graph, build_graph, pad_graphs
 from ghn_jax.network import build_network
-from ghn_jax.parameters import TileKind, assemble, tile_kind
+from ghn_jax.parameters import TileKind, named_tree, node_tensors, tile_kind
 from ghn_jax.sampling import RULES, SPLITS, sample_architecture
 from ghn_jax.wiring import Wiring, wire
 
@@ -149,7 +147,7 @@ def tile_shape(ghn: GHN, kind: TileKind) -> tuple[int, ...]:
 
 
 def common_capacity(cases: list[Case]) -> Capacity:
-    needs = [dataclasses.astuple(needed_capacity(case.wiring)) for case in cases]
+    needs = [dataclasses.astuple(make_plan(case.wiring).needed) for case in cases]
     return Capacity(*map(max, zip(*needs, strict=True)))
 
 
@@ -202,7 +200,7 @@ class Group:
             for kind, nodes in rows.nodes.items()
         }
         table = compile_instructions(
-            case.wiring, self.bucket, self.capacity, names, self.sizes[VECTOR] - 1, self.normalise
+            make_plan(case.wiring), self.capacity, names, self.sizes[VECTOR] - 1, self.normalise
         )
         return Run(case, tiles, table, names)
 
@@ -247,7 +245,9 @@ IMAGES, COTANGENT = random(BATCH, SIZE, SIZE, 3), random(BATCH, 10, seed=1)
 
 
 def module_logits(case: Case, tiles: dict, normalise: bool, images) -> jax.Array:
-    params = assemble(case.graph, tiles, normalise, jnp)
+    graph = case.graph
+    tensors = {n: node_tensors(graph, n, tile, normalise, jnp) for n, tile in tiles.items()}
+    params = named_tree(graph, tensors)
     network = build_network(case.arch, image_size=case.wiring.image_size)
     return network.apply({"params": params}, images)
 
@@ -364,7 +364,7 @@ def test_one_program_runs_every_architecture():
     others = (small_case(*index) for index in indices)
     group = group_of(bucket)
     fitting = [c for c in others if c.bucket == bucket
-               and fits(needed_capacity(c.wiring), group.capacity)
+               and fits(make_plan(c.wiring).needed, group.capacity)
                and all(len(n) < group.sizes[k]
                        for k, n in nodes_by_kind(c.graph).items())]  # fmt: skip
     assert len(fitting) >= 20
@@ -447,8 +447,7 @@ def test_arenas_that_indices_do_not_reach_are_refused():
 def test_places_of_states_do_not_overlap():
     """A state has its place to itself for as long as it is needed."""
     for case in ALL[::5]:
-        steps, planes = list_steps(case.wiring, case.bucket)
-        places = give_places(steps, planes, case.bucket, case.wiring.norm)
+        _, _, steps, planes, places = make_plan(case.wiring)
         values = np.zeros(places.values, int)
         for i, step in enumerate(steps):
             if step.target is not None:
@@ -477,9 +476,9 @@ def test_places_of_states_do_not_overlap():
 def test_every_generated_architecture_has_instructions(split, size):
     for index in range(20):
         case = Case.of(sample_architecture(split, 1, index), size=size)
-        capacity = needed_capacity(case.wiring)
+        capacity = make_plan(case.wiring).needed
         _, (rows,) = tile_rows([case.graph], {})
-        table = compile_instructions(case.wiring, case.bucket, capacity, rows, 0)
+        table = compile_instructions(make_plan(case.wiring), capacity, rows, 0)
         assert table.count == capacity.instructions
         # Every parameter is read, by an instruction or by the head.
         used = {*table.kernels.ravel(), *table.vectors.ravel(), *table.norm_vector, *table.head}
@@ -488,13 +487,13 @@ def test_every_generated_architecture_has_instructions(split, size):
 
 def test_least_capacity_is_the_least():
     case = ALL[0]
-    capacity = needed_capacity(case.wiring)
+    capacity = make_plan(case.wiring).needed
     _, (rows,) = tile_rows([case.graph], {})
-    compile_instructions(case.wiring, case.bucket, capacity, rows, 0)
+    compile_instructions(make_plan(case.wiring), capacity, rows, 0)
     for field, size in dataclasses.asdict(capacity).items():
         small = dataclasses.replace(capacity, **{field: size - 1})
         with pytest.raises(ValueError, match="raise the capacity"):
-            compile_instructions(case.wiring, case.bucket, small, rows, 0)
+            compile_instructions(make_plan(case.wiring), small, rows, 0)
 
 
 @pytest.mark.parametrize(

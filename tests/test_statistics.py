@@ -6,6 +6,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
+from ghn_jax import zoo
 from ghn_jax.architecture import DARTS, VIT, Architecture
 from ghn_jax.counts import count_parameters
 from ghn_jax.deepnets1m.__main__ import main
@@ -14,14 +15,19 @@ from ghn_jax.deepnets1m.figures import draw_examples, draw_statistics
 from ghn_jax.deepnets1m.statistics import degree_and_path, statistics, table
 from ghn_jax.evaluation_sets import evaluation_set
 from ghn_jax.graph import PRIMITIVES, build_graph
-from ghn_jax.resnet import resnet50_graph
 from ghn_jax.sampling import sample_architecture
+from ghn_jax.tracing import model_graph
 
 
 def test_the_published_figures_of_resnet50_and_vit():
     vit = Architecture(VIT, n_cells=12, C=128, C_mult=1, preproc=False, fc_layers=1)
     for graph, nodes, degree, path in (
-        (resnet50_graph(1), 126, 2.238095238095238, 11.193269841269842),
+        (
+            model_graph(zoo.resnet50(), np.zeros((1, 32, 32, 3)), 1),
+            126,
+            2.238095238095238,
+            11.193269841269842,
+        ),
         (build_graph(vit, 1), 129, 2.294573643410853, 10.700096899224807),
     ):
         assert len(graph) == nodes

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ghn_jax import convert
+from ghn_jax import convert, torch_models, zoo
 from ghn_jax.architecture import DARTS, VIT, Architecture
 from ghn_jax.checkpoint import load_ghn, save_ghn
 from ghn_jax.ghn import GHN, ghn1, mlp_baseline
 from ghn_jax.network import build_network
-from ghn_jax.resnet import ResNet50, resnet50_graph
 from ghn_jax.sampling import sample_architecture
 from ghn_jax.torch_file import read_torch, write_torch
 from ghn_jax.torch_ghn import load_torch_ghn, save_torch_ghn, torch_shapes
@@ -354,14 +353,6 @@ def test_layouts_are_pytorchs():
     assert arrays["classifier.3.weight"][4, 7] == dense[7, 4]
 
 
-def test_resnet50():
-    params = random_params(ResNet50())
-    arrays = to_torch(params, resnet50_graph())
-    assert sum(x.size for x in arrays.values()) == 23_520_842
-    assert arrays["layer3.0.downsample.0.weight"].shape == (1024, 512, 1, 1)
-    same(from_torch(arrays, resnet50_graph()), params)
-
-
 def test_parameters_of_another_network():
     params = random_params(build_network(NETWORKS["vit"]))
     with pytest.raises(ValueError, match="are not those of the architecture: missing .*cells_0"):
@@ -402,6 +393,28 @@ def test_converting_networks(tmp_path):
     run(*net, tmp_path / "b", tmp_path / "c.safetensors")
     run(*net, tmp_path / "c.safetensors", tmp_path / "d.pt")
     same(dict(read_torch(tmp_path / "d.pt")), to_torch(params, arch))
+
+
+def test_converting_models_of_the_zoo(tmp_path):
+    model = zoo.squeezenet1_1()
+    write_torch(to_torch({"params": random_params(model)}, model), tmp_path / "a.pt")
+    net = ("network", "squeezenet1_1")
+    run(*net, tmp_path / "a.pt", tmp_path / "b")
+    run(*net, tmp_path / "b", tmp_path / "c.safetensors")
+    run(*net, tmp_path / "c.safetensors", tmp_path / "d.pt")
+    same(dict(read_torch(tmp_path / "d.pt")), dict(read_torch(tmp_path / "a.pt")))
+
+
+def test_running_statistics_are_converted(tmp_path):
+    model = zoo.resnet18()
+    arrays = {
+        t.name: np.zeros(t.shape, np.float32) + i for i, t in enumerate(torch_models.tensors(model))
+    }
+    write_torch(arrays, tmp_path / "a.pt")
+    run("network", "resnet18", tmp_path / "a.pt", tmp_path / "b.safetensors")
+    found = safetensors.numpy.load_file(tmp_path / "b.safetensors")
+    assert set(found) - set(arrays) == {n for n in found if n.endswith("num_batches_tracked")}
+    same({name: found[name] for name in arrays}, arrays)
 
 
 def test_nothing_is_converted_that_does_not_fit(tmp_path):

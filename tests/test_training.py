@@ -15,7 +15,7 @@ from ghn_jax.architecture import Architecture
 from ghn_jax.checkpoint import load_ghn
 from ghn_jax.compilation import CompilationCounter, executor_options
 from ghn_jax.executor.bucket import Bucket
-from ghn_jax.executor.program import needed_capacity
+from ghn_jax.executor.program import make_plan
 from ghn_jax.ghn import GHN
 from ghn_jax.images import load_images
 from ghn_jax.mesh import make_mesh
@@ -46,7 +46,7 @@ def attention_networks(count: int) -> list[Architecture]:
 
 
 ARCHITECTURES = attention_networks(8)
-ROOM = common_capacity(needed_capacity(wire(arch, image_size=SIZE)) for arch in ARCHITECTURES)
+ROOM = common_capacity(make_plan(wire(arch, image_size=SIZE)).needed for arch in ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")

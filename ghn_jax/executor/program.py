@@ -183,7 +183,7 @@ class _Lister:
                 self.add(name, [(state, i * part)], None)
 
 
-def list_steps(wiring: Wiring, bucket: Bucket) -> tuple[list[Step], list[int | None]]:
+def _list_steps(wiring: Wiring, bucket: Bucket) -> tuple[list[Step], list[int | None]]:
     """The instructions of an architecture over its states, and the plane of each state."""
     lister = _Lister(wiring, bucket)
     for op in wiring.operations:
@@ -230,7 +230,7 @@ class _Room:
         self.taken.remove((start, start + length))
 
 
-def give_places(
+def _give_places(
     steps: Sequence[Step], planes: Sequence[int | None], bucket: Bucket, norm: bool
 ) -> Places:
     """Gives every state a place in the arena of states and its cotangent one in the other.
@@ -264,15 +264,39 @@ def give_places(
     return Places(value, kept, gradient, length, room.length)
 
 
-def _needed(steps: Sequence[Step], places: Places) -> Capacity:
-    return Capacity(places.values, places.gradients, len(steps), max(len(s.sources) for s in steps))
+class Plan(NamedTuple):
+    """An architecture for the executor, but for its tiles.
+
+    Attributes:
+      wiring: the architecture's operations.
+      bucket: its bucket.
+      steps: its instructions.
+      planes: of each state, the plane; None for the images.
+      places: of each state.
+    """
+
+    wiring: Wiring
+    bucket: Bucket
+    steps: list[Step]
+    planes: list[int | None]
+    places: Places
+
+    @property
+    def needed(self) -> Capacity:
+        """The least capacity that runs it."""
+        parts = max(len(step.sources) for step in self.steps)
+        return Capacity(self.places.values, self.places.gradients, len(self.steps), parts)
 
 
-def needed_capacity(wiring: Wiring) -> Capacity:
-    """The least capacity that runs an architecture."""
+def make_plan(wiring: Wiring) -> Plan:
+    """Lists an architecture's instructions and gives its states places.
+
+    Raises:
+      ValueError: the executor cannot run it; see `Bucket.of`.
+    """
     bucket = Bucket.of(wiring)
-    steps, planes = list_steps(wiring, bucket)
-    return _needed(steps, give_places(steps, planes, bucket, wiring.norm))
+    steps, planes = _list_steps(wiring, bucket)
+    return Plan(wiring, bucket, steps, planes, _give_places(steps, planes, bucket, wiring.norm))
 
 
 def fits(needed: Capacity, given: Capacity) -> bool:
@@ -282,8 +306,7 @@ def fits(needed: Capacity, given: Capacity) -> bool:
 
 
 def compile_instructions(
-    wiring: Wiring,
-    bucket: Bucket,
+    plan: Plan,
     capacity: Capacity,
     rows: Mapping[str, int],
     spare: int,
@@ -292,8 +315,7 @@ def compile_instructions(
     """Makes the instruction table of an architecture.
 
     Args:
-      wiring: the architecture's operations.
-      bucket: its bucket.
+      plan: the architecture.
       capacity: static sizes of the program that will run it.
       rows: official parameter name -> row of its tile array; see `tile_rows`.
       spare: a row of the vector tiles that takes what belongs to no node.
@@ -302,12 +324,10 @@ def compile_instructions(
     Raises:
       ValueError: the architecture does not fit the bucket or the capacity.
     """
-    steps, planes = list_steps(wiring, bucket)
-    places = give_places(steps, planes, bucket, wiring.norm)
-    needed = _needed(steps, places)
-    if not fits(needed, capacity):
+    wiring, bucket, steps, _, places = plan
+    if not fits(plan.needed, capacity):
         raise ValueError(
-            f"the architecture needs {needed}, more than the executor's {capacity}; raise the "
+            f"the architecture needs {plan.needed}, more than the executor's {capacity}; raise the "
             "capacity"
         )
     index = {kind: i for i, kind in enumerate(bucket.kinds)}

@@ -4,7 +4,7 @@ The forward loop walks the instruction table and writes every state to its place
 backward loop walks it in reverse and takes the gradient of each branch from its stored inputs. No
 residual of any branch is stored but one: what dense and depthwise convolutions hand to batch norm,
 which takes longer to compute again than to read. Places are given out on the host, for each
-architecture (`program.give_places`): it takes up what it needs and no more, and no program depends
+architecture (`program.Places`): it takes up what it needs and no more, and no program depends
 on how many states of which shape there are.
 
 How an instruction is chosen: `lax.switch` would copy every array that a branch writes to. Instead

@@ -1,0 +1,174 @@
+"""What a value of a traced model comes from, and what is laid out along its axes.
+
+`jaxpr_graph` interprets a model with these in place of arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+# The axes of a value: for each the (label, size) of what is laid out along it, major first. Labels
+# of activations are BATCH, SPACE, CHANNEL or UNKNOWN, of parameters the axis of the tensor.
+BATCH, SPACE, CHANNEL, UNKNOWN = "bsc?"
+Axes = tuple[tuple[tuple[Any, int], ...], ...]
+
+
+class Scope(NamedTuple):
+    """What a statistic is taken over, and what it still depends on: labels of axes."""
+
+    reduced: frozenset[str]
+    kept: frozenset[str]
+
+    def __or__(self, other):
+        return Scope(self.reduced | other.reduced, self.kept | other.kept)
+
+    def beyond(self, other: Scope) -> Scope:
+        """Of a statistic of reduced values: what it is taken over in addition."""
+        return Scope(self.reduced - other.reduced, self.kept)
+
+
+RUNNING = Scope(frozenset((BATCH, SPACE)), frozenset(CHANNEL))  # of running averages
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Neither from the input nor from parameters; `state`: from the model's other variables."""
+
+    state: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter as it is, or reshaped, transposed, sliced, scaled.
+
+    Attributes:
+      leaf: which one.
+      axes: what of it lies along the axes.
+      others: parameters that it was combined with.
+      scope: of the statistic that it was multiplied with: a norm's weight.
+      changed: an operation after which the tensor's values are no weights any more.
+    """
+
+    leaf: int
+    axes: Axes
+    others: frozenset[int] = frozenset()
+    scope: Scope | None = None
+    changed: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """The output of a row, or a function of it.
+
+    Attributes:
+      row: of the flow.
+      axes: see `Axes`.
+      scope: of the statistic that it was divided by, as in a norm.
+      fresh: nothing but reshaping has happened since the row was added.
+    """
+
+    row: int
+    axes: Axes
+    scope: Scope | None = None
+    fresh: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """A row's output reduced over some axes; see `Activation` and `Scope`.
+
+    `other` says by what, and where, unless it is a sum.
+    """
+
+    row: int
+    axes: Axes
+    scope: Scope
+    other: str = ""
+
+
+Value = Constant | Parameter | Activation | Statistic
+
+
+def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
+    """The axes of a reshaped value."""
+    atoms = [atom for axis in axes for atom in axis][::-1]
+    result = []
+    for size in shape:
+        group, have = [], 1
+        while have < size and atoms:
+            label, n = atoms.pop()
+            if size % (have * n):  # the atom is split
+                part = size // have
+                if part == 0 or n % part:
+                    return unknown_axes(shape)
+                atoms.append((label, n // part))
+                n = part
+            group.append((label, n))
+            have *= n
+        if size == 1 and atoms and atoms[-1][1] == 1:
+            group.append(atoms.pop())
+        if have != size:
+            return unknown_axes(shape)
+        result.append(tuple(group))
+    return tuple(result)
+
+
+def unknown_axes(shape: Sequence[int]) -> Axes:
+    """Axes of which nothing is known but their sizes."""
+    return tuple(((UNKNOWN, size),) for size in shape)
+
+
+def resize(axes: Axes, shape: Sequence[int]) -> Axes:
+    """The axes of a value of which each axis was cut, padded or repeated."""
+    return tuple(
+        axis
+        if math.prod(n for _, n in axis) == size
+        else tuple((label, size) for label, _ in axis[:1])
+        for axis, size in zip(axes, shape, strict=True)
+    )
+
+
+def merge(axes: Sequence[Axes], shape: Sequence[int]) -> Axes:
+    """The axes of an elementwise function of values that broadcast against each other."""
+    result = []
+    for i, size in enumerate(shape):
+        groups = [a[i] for a in axes if len(a) == len(shape) and a[i]]
+        fitting = [g for g in groups if math.prod(n for _, n in g) == size]
+        result.append((fitting or [()])[0])
+    return tuple(result)
+
+
+def labels_of(axes: Axes) -> frozenset[str]:
+    """Labels of what varies along some axes (the batch may be of size 1)."""
+    return frozenset(label for axis in axes for label, n in axis if n > 1 or label == BATCH)
+
+
+def image_axes(shape: Sequence[int]) -> Axes:
+    """The axes of an input: the batch first, channels last."""
+    labels = [BATCH, *[SPACE] * (len(shape) - 2), CHANNEL][: len(shape)]
+    return tuple(((label, size),) for label, size in zip(labels, shape, strict=True))
+
+
+def spatial_axes(spec: Sequence[int], shape) -> Axes:
+    """The axes of a convolution's output: spec lists those of batch, channels and space."""
+    labels = {spec[0]: BATCH, spec[1]: CHANNEL}
+    return tuple(((labels.get(i, SPACE), n),) for i, n in enumerate(shape))
+
+
+def product_axes(a: Value, b: Value, contract, batch, shape) -> Axes:
+    """The axes of dot_general's output: batch, free axes of the left, of the right."""
+    parts: list[tuple] = []
+    known = [getattr(x, "axes", None) for x in (a, b)]
+    reference = 0 if known[0] is not None else 1
+    parts += [known[reference][i] for i in batch[reference]]
+    for x, side in zip(known, (0, 1), strict=True):
+        if x is None:
+            break
+        used = {*contract[side], *batch[side]}
+        parts += [axis for i, axis in enumerate(x) if i not in used]
+    if len(parts) != len(shape):
+        return unknown_axes(shape)
+    return resize(tuple(parts), shape)
