@@ -159,19 +159,25 @@ def _depthwise_backward(stride, dilation, residuals, g):
     k = w.shape[0]
     dx = depthwise(_spread(g, stride, *x.shape[1:3]), w[::-1, ::-1], 1, dilation)
 
-    # Image by image, so that one image's windows stay in the cache.
+    # Image by image, so that one image's windows stay in the cache. Every window is a piece of the
+    # program: those of one row of the kernel, in a loop over its rows, are enough.
     def one_image(total, image):
         x, g = image
         padded = _pad(x, dilation * (k - 1) // 2)
-        rows = [
-            (_window(padded, di, dj, *g.shape[:2], stride) * g).sum((0, 1))
-            for _, _, di, dj in _shifts(k, dilation)
-        ]
-        return total + jnp.stack(rows), None
+        height, width = g.shape[:2]
 
-    start = jnp.zeros((k * k, x.shape[-1]), w.dtype)
-    dw = lax.scan(one_image, start, (x, g))[0]
-    return dx, dw.reshape(w.shape)
+        def one_row(i, total):
+            rows = lax.dynamic_slice_in_dim(padded, i * dilation, (height - 1) * stride + 1)
+            taps = [
+                (_window(rows, 0, j * dilation, height, width, stride) * g).sum((0, 1))
+                for j in range(k)
+            ]
+            return total.at[i].add(jnp.stack(taps))
+
+        return lax.fori_loop(0, k, one_row, total), None
+
+    dw = lax.scan(one_image, jnp.zeros_like(w), (x, g))[0]
+    return dx, dw
 
 
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)

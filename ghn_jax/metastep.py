@@ -105,7 +105,7 @@ def _run_one(
     dropout = _dropout(key, len(images), axis)
 
     def head_loss(features, weights):
-        logits = run.head(normalise, weights, table, features, dropout)
+        logits = run.head(weights, table, features, dropout)
         return _loss(logits, labels, smoothing), logits
 
     loss, vjp, logits = jax.vjp(head_loss, features, run.head_tiles(tiles, table), has_aux=True)

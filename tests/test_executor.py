@@ -27,7 +27,7 @@ from ghn_jax.executor.program import (
     make_plan,
     tile_rows,
 )
-from ghn_jax.executor.tiles import decode_tiles
+from ghn_jax.executor.tiles import decode_tiles, normalise_vectors
 from ghn_jax.ghn import GHN
 from ghn_jax.graph import Graph, build_graph, pad_graphs
 from ghn_jax.network import build_network
@@ -204,10 +204,13 @@ class Group:
         )
         return Run(case, tiles, table, names)
 
+    def ready(self, tiles):
+        return normalise_vectors(tiles) if self.normalise else tiles
+
     def execute(self, tiles, table, images, dropout=None):
         self.traces += 1
         return run.execute(
-            self.bucket, self.capacity, self.normalise, tiles, table, images, dropout
+            self.bucket, self.capacity, self.normalise, self.ready(tiles), table, images, dropout
         )
 
     def _gradient(self, tiles, table, images, cotangent, dropout=NO_DROPOUT):
@@ -219,17 +222,18 @@ class Group:
         # cotangents: whatever is read before it is written turns into NaN.
         self.traces += 1
         static = self.bucket, self.normalise
+        tiles, decode_vjp = jax.vjp(self.ready, tiles)
         arenas = run.Arenas.zeros(self.capacity, len(images))
         dtiles, arenas = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), (tiles, arenas))
         values, x = run.forward(*static, tiles, table, images, arenas.values)
         logits, vjp = jax.vjp(
-            lambda x, weights: run.head(self.normalise, weights, table, x, dropout),
+            lambda x, weights: run.head(weights, table, x, dropout),
             x, run.head_tiles(tiles, table),
         )  # fmt: skip
         dx, dhead = vjp(cotangent)
         arenas = arenas._replace(values=values)
         _, dtiles = run.backward(*static, tiles, table, images, arenas, dx, dtiles)
-        return logits, run.save_head_tiles(dtiles, table, dhead)
+        return logits, *decode_vjp(run.save_head_tiles(dtiles, table, dhead))
 
 
 @functools.cache
@@ -523,10 +527,14 @@ def test_tiles_of_a_group_are_those_of_its_nodes(cells):
     rows, names = tile_rows(graphs, {TileKind("classifier"): 8})
 
     def all_at_once(variables, states):
-        return {
-            kind: ghn.apply(variables, states[nodes], kind, method="decode")[: rows.counts[kind]]
-            for kind, nodes in rows.nodes.items()
-        }
+        return normalise_vectors(
+            {
+                kind: ghn.apply(variables, states[nodes], kind, method="decode")[
+                    : rows.counts[kind]
+                ]
+                for kind, nodes in rows.nodes.items()
+            }
+        )
 
     def in_chunks(variables, states):
         tiles = decode_tiles(ghn, variables, states, rows)

@@ -22,8 +22,6 @@ from ghn_jax.executor.bucket import Bucket, Kind
 from ghn_jax.network import HEADS
 from ghn_jax.parameters import (
     TileKind,
-    squash_bias,
-    squash_norm_weight,
     tile_axis,
     weight_from_tile,
     weight_scale,
@@ -39,7 +37,7 @@ class Context(NamedTuple):
     Attributes:
       channels: of the target plane.
       stride: 1 or 2, from the source to the target plane.
-      normalise: whether Table 2 applies (static).
+      normalise: whether weights are scaled (Table 2; static). Vector tiles come normalised.
       norm: () bool, whether batch norm follows.
       offset: () int32, first output channel that a stem instruction computes.
       scale: () float32, weight scale where it depends on the number of parts.
@@ -71,15 +69,11 @@ def window(x: jax.Array, axis: int, offset: jax.Array, size: int) -> jax.Array:
 def _norm_vectors(vector, context, channels=None):
     """Scale and bias of a norm layer from its (2, 64) tile."""
     size = channels or context.channels
-    scale, bias = (window(row, 0, context.offset, size) for row in vector)
-    if context.normalise:
-        return squash_norm_weight(scale, jnp), squash_bias(bias, jnp)
-    return scale, bias
+    return tuple(window(row, 0, context.offset, size) for row in vector)
 
 
-def _bias(vector, size, context):
-    bias = tile_axis(vector[1], 0, size, jnp)
-    return squash_bias(bias, jnp) if context.normalise else bias
+def _bias(vector, size):
+    return tile_axis(vector[1], 0, size, jnp)
 
 
 def finish(z: jax.Array, vector: jax.Array, context: Context) -> jax.Array:
@@ -129,8 +123,8 @@ def _excite(x, tiles, vectors, context):
     c = x.shape[-1]
     down = _kernel(tiles[0], c // 2, c, context)
     up = _kernel(tiles[1], c, c // 2, context)
-    gate = nn.relu(x.mean((1, 2)) @ down + _bias(vectors[0], c // 2, context))
-    gate = nn.hard_swish(gate @ up + _bias(vectors[1], c, context))
+    gate = nn.relu(x.mean((1, 2)) @ down + _bias(vectors[0], c // 2))
+    gate = nn.hard_swish(gate @ up + _bias(vectors[1], c))
     return (x * gate[:, None, None])[:, :: context.stride, :: context.stride]
 
 
@@ -148,10 +142,10 @@ def _attention(x, tiles, vectors, context):
     y = _layer_norm(x, *_norm_vectors(vectors[0], context)) @ qkv
     q, k, v = y.reshape(b, h * w, 3, HEADS, c // HEADS).transpose(2, 0, 3, 1, 4)
     y = kernels.attend(q, k, v).transpose(0, 2, 1, 3).reshape(b, h * w, c)
-    x = y @ out + _bias(vectors[1], c, context) + x
+    x = y @ out + _bias(vectors[1], c) + x
     y = _layer_norm(x, *_norm_vectors(vectors[2], context))
-    y = nn.gelu(y @ first + _bias(vectors[3], c, context), approximate=False)
-    return (y @ second + _bias(vectors[4], c, context) + x).reshape(b, h, w, c)
+    y = nn.gelu(y @ first + _bias(vectors[3], c), approximate=False)
+    return (y @ second + _bias(vectors[4], c) + x).reshape(b, h, w, c)
 
 
 def _stem(k: int):

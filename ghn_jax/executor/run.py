@@ -31,7 +31,7 @@ from jax import lax
 from ghn_jax.executor.branches import VECTOR, Context, branch_of, finish, stride_of
 from ghn_jax.executor.bucket import MAX_HIDDEN, UNIT, Bucket, Capacity, Kind
 from ghn_jax.executor.program import Instructions
-from ghn_jax.parameters import TileKind, squash_bias, tile_axis
+from ghn_jax.parameters import TileKind, tile_axis
 
 Tiles = dict[TileKind, jax.Array]
 CLASSIFIER, CLASSIFIER_BIAS = TileKind("classifier"), TileKind("classifier_bias")
@@ -92,6 +92,28 @@ def _context(kind: Kind, bucket: Bucket, row: Instructions, normalise: bool, axi
     )
 
 
+def _slots(tiles: Sequence[TileKind]) -> list[tuple[TileKind, int]]:
+    """Each tile's kind, and which of that kind it is."""
+    return [(tile, tiles[:j].count(tile)) for j, tile in enumerate(tiles)]
+
+
+class _Handed(NamedTuple):
+    """What the kinds of backward instructions hand over: memory that they all share.
+
+    Attributes:
+      results: of each plane, what comes before batch norm, then its cotangent.
+      sources: of each plane, the cotangent of a state read.
+      kernels, vectors: cotangents of the tiles that an instruction reads.
+      norm: that of its batch norm's vector tile.
+    """
+
+    results: tuple[jax.Array, ...]
+    sources: tuple[jax.Array, ...]
+    kernels: dict[TileKind, tuple[jax.Array, ...]]
+    vectors: tuple[jax.Array, ...]
+    norm: jax.Array
+
+
 class _Program:
     """The loops over one architecture's instructions: static parts and loop-invariant arrays."""
 
@@ -103,10 +125,21 @@ class _Program:
         self.groups: dict[int, list[int]] = {}
         for k, kind in enumerate(bucket.kinds):
             self.groups.setdefault(kind.target, []).append(k)
-        group = np.zeros(len(bucket.kinds), np.int32)
-        for plane, members in self.groups.items():
-            group[members] = plane
-        self.group_of_kind = jnp.asarray(group)
+        self.group_of_kind = jnp.asarray([kind.target for kind in bucket.kinds], jnp.int32)
+        self.source_of_kind = jnp.asarray([kind.source for kind in bucket.kinds], jnp.int32)
+        branches = [branch_of(kind, bucket) for kind in bucket.kinds]
+        # Tiles by their kind, and among those of one instruction: in which column of its row of
+        # `Instructions.kernels` each kind of instruction names them, -1 if it has none.
+        columns: dict[tuple[TileKind, int], np.ndarray] = {}
+        for k, branch in enumerate(branches):
+            for column, slot in enumerate(_slots(branch.tiles)):
+                columns.setdefault(slot, np.full(len(branches), -1, np.int32))[k] = column
+        self.kernel_slots: dict[TileKind, list[jax.Array]] = {}
+        for tile, slot in sorted(columns):
+            self.kernel_slots.setdefault(tile, []).append(jnp.asarray(columns[tile, slot]))
+        # Of vector tiles, whether each kind of instruction has as many.
+        vectors = np.array([branch.vectors for branch in branches])
+        self.vector_slots = [jnp.asarray(vectors > j) for j in range(vectors.max())]
 
     def _shape(self, plane: int) -> tuple[int, ...]:
         size, channels = self.bucket.planes[plane]
@@ -143,18 +176,13 @@ class _Program:
         planes = range(len(self.bucket.planes))
         return tuple(jnp.zeros(self._shape(p), jnp.float32) for p in planes)
 
-    def walk(self, run_group: Callable, carry, *, reverse: bool):
-        """Runs `run_group(plane, kinds, row, carry) -> carry` for every instruction, in order."""
+    def walk(self, run_one: Callable, carry, *, reverse: bool):
+        """Runs `run_one(row, carry) -> carry` for every instruction, in order."""
         count = self.table.count
 
         def body(state):
             i, carry = state
-            row = _row(self.table, count - 1 - i if reverse else i)
-            group = _read(self.group_of_kind, row.kind)
-            for plane, kinds in self.groups.items():
-                run = functools.partial(run_group, plane, kinds, row)
-                carry = _when(group == plane, run, carry)
-            return i + 1, carry
+            return i + 1, run_one(_row(self.table, count - 1 - i if reverse else i), carry)
 
         return lax.while_loop(lambda s: s[0] < count, body, (jnp.zeros_like(count), carry))[1]
 
@@ -193,7 +221,15 @@ class _Program:
 
     # --- forward ---
 
-    def forward_group(self, plane: int, kinds: Sequence[int], row: Instructions, carry):
+    def forward_instruction(self, row: Instructions, carry):
+        """Runs one instruction forward."""
+        group = _read(self.group_of_kind, row.kind)
+        for plane, kinds in self.groups.items():
+            run = functools.partial(self._forward_group, plane, kinds, row)
+            carry = _when(group == plane, run, carry)
+        return carry
+
+    def _forward_group(self, plane: int, kinds: Sequence[int], row: Instructions, carry):
         """Runs one forward instruction that writes to this plane."""
         if plane < 0:
             return self._forward_bins(kinds, row, carry)
@@ -223,12 +259,61 @@ class _Program:
 
     # --- backward ---
 
-    def backward_group(self, values, dfeatures, plane: int, kinds, row: Instructions, carry):
-        """Takes one instruction's gradient: cotangents of its sources and of its tiles."""
-        if plane < 0:
-            return self._backward_bins(values, dfeatures, kinds, row, carry)
-        gradients, dtiles, scratch = carry
-        z = scratch[plane]
+    def start_backward(self) -> _Handed:
+        """Memory for what backward instructions hand over."""
+
+        def zeros(kind):
+            return jnp.zeros(self.tiles[kind].shape[1:], jnp.float32)
+
+        kernels = {kind: (zeros(kind),) * len(slots) for kind, slots in self.kernel_slots.items()}
+        vectors = (zeros(VECTOR),) * len(self.vector_slots)
+        return _Handed(self.scratch(), self.scratch(), kernels, vectors, zeros(VECTOR))
+
+    def backward_instruction(self, values, dfeatures, row: Instructions, carry):
+        """Takes one instruction's gradient: cotangents of its sources and of its tiles.
+
+        Every kind hands them over, and they are written in one place for all kinds: XLA keeps, for
+        each loop that an array goes through, a list of all that may have written it.
+        """
+        gradients, dtiles, handed = carry
+        group = _read(self.group_of_kind, row.kind)
+        source_plane = _read(self.source_of_kind, row.kind)
+        for plane, kinds in self.groups.items():
+            if plane >= 0:
+                run = functools.partial(self._through_norm, plane, kinds, row, values, gradients)
+                z, dvector = _when(group == plane, run, (handed.results[plane], handed.norm))
+                results = _replace(handed.results, plane, z)
+                handed = handed._replace(results=results, norm=dvector)
+        fields = (row.sources, row.offsets, row.source_gradients, row.source_accumulate)
+        columns = [jnp.stack(field) for field in fields]
+
+        def one_part(j, carry):
+            gradients, handed = carry
+            source, offset, place, add = (_read(column, j) for column in columns)
+            for plane, kinds in self.groups.items():
+                g = dfeatures if plane < 0 else handed.results[plane]
+
+                def run_group(handed, kinds=kinds, g=g):
+                    for k in kinds:
+                        kind = self.bucket.kinds[k]
+                        run = functools.partial(
+                            self._backward, kind, row, j, values, source, offset, g
+                        )
+                        handed = _when(row.kind == k, run, handed)
+                    return handed
+
+                handed = _when(group == plane, run_group, handed)
+            for plane, dx in enumerate(handed.sources):
+                save = functools.partial(self.write, plane=plane, place=place, state=dx, add=add)
+                gradients = _when(source_plane == plane, save, gradients)
+            return gradients, handed
+
+        gradients, handed = lax.fori_loop(0, row.parts, one_part, (gradients, handed))
+        return gradients, self._save_tiles(row, dtiles, handed), handed
+
+    def _through_norm(self, plane: int, kinds, row: Instructions, values, gradients, handed):
+        """From the cotangent of a state of this plane to that before batch norm, and its tile's."""
+        z, _ = handed
         for k in kinds:
             kind = self.bucket.kinds[k]
             branch = branch_of(kind, self.bucket)
@@ -240,82 +325,53 @@ class _Program:
         g = self.read(gradients, plane, row.gradient)
         vector = _read(self.tiles[VECTOR], row.norm_vector)
         _, vjp = jax.vjp(lambda z, v: self._finish(plane, row, z, v), z, vector)
-        dz, dvector = vjp(g)
+        return vjp(g)
 
-        def save_vector(dvectors):
-            return _write(dvectors, row.norm_vector, dvector, row.tile_accumulate)
-
-        dtiles = {**dtiles, VECTOR: _when(row.norm, save_vector, dtiles[VECTOR])}
-        carry = gradients, dtiles
-        for k in kinds:
-            kind = self.bucket.kinds[k]
-            single = branch_of(kind, self.bucket).part is None
-            backward = self._backward_single if single else self._backward_parts
-            run = functools.partial(backward, kind, row, values, dz)
-            carry = _when(row.kind == k, run, carry)
-        return *carry, _replace(scratch, plane, z)
-
-    def _save_tiles(self, kind, row, dtiles, dkernels, dvectors):
-        dtiles = dict(dtiles)
-        # Only the parts of a stem share a tile.
-        add = row.tile_accumulate if kind.source < 0 else None
-        for j, t in enumerate(branch_of(kind, self.bucket).tiles):
-            dtiles[t] = _write(dtiles[t], row.kernels[j], dkernels[j], add)
-        for j, dvector in enumerate(dvectors):
-            dtiles[VECTOR] = _write(dtiles[VECTOR], row.vectors[j], dvector, add)
-        return dtiles
-
-    def _backward_single(self, kind, row, values, dz, carry):
-        gradients, dtiles = carry
-        apply = branch_of(kind, self.bucket).apply
+    def _backward(self, kind, row, j, values, source, offset, g, handed: _Handed) -> _Handed:
+        """The cotangents of an instruction's part j: its source's, and its tiles'."""
+        branch = branch_of(kind, self.bucket)
         context = _context(kind, self.bucket, row, self.normalise, self.axis)
         kernels, vectors = self._kernels(kind, row), self._vectors(kind, row)
-        if kind.source < 0:
-            _, vjp = jax.vjp(lambda k, v: apply(self.images, k, v, context), kernels, vectors)
-            dkernels, dvectors = vjp(dz)
+        if branch.bins is not None:
+            compute = lambda x, k, v: branch.bins(x, offset, self.bins)  # noqa: E731
+        elif branch.part is not None:
+            compute = lambda x, k, v: branch.part(x, k, offset, context)  # noqa: E731
         else:
-            x = self.read(values, kind.source, row.sources[0])
-            _, vjp = jax.vjp(lambda x, k, v: apply(x, k, v, context), x, kernels, vectors)
-            dx, dkernels, dvectors = vjp(dz)
-            place, add = row.source_gradients[0], row.source_accumulate[0]
-            gradients = self.write(gradients, kind.source, place, dx, add)
-        return gradients, self._save_tiles(kind, row, dtiles, dkernels, dvectors)
+            compute = lambda x, k, v: branch.apply(x, k, v, context)  # noqa: E731
+        x = self.images if kind.source < 0 else self.read(values, kind.source, source)
+        _, vjp = jax.vjp(compute, x, kernels, vectors)
+        dx, dkernels, dvectors = vjp(g)
+        if kind.source >= 0:
+            handed = handed._replace(sources=_replace(handed.sources, kind.source, dx))
+        slots = {tile: list(old) for tile, old in handed.kernels.items()}
+        for (tile, slot), dkernel in zip(_slots(branch.tiles), dkernels, strict=True):
+            if branch.part is not None:  # its parts share the tile
+                dkernel = jnp.where(j > 0, slots[tile][slot] + dkernel, dkernel)
+            slots[tile][slot] = dkernel
+        return handed._replace(
+            kernels={tile: tuple(new) for tile, new in slots.items()},
+            vectors=(*dvectors, *handed.vectors[len(dvectors) :]),
+        )
 
-    def _backward_parts(self, kind, row, values, dz, carry):
-        gradients, dtiles = carry
-        part = branch_of(kind, self.bucket).part
-        context = _context(kind, self.bucket, row, self.normalise, self.axis)
-        kernels = self._kernels(kind, row)
-        fields = (row.sources, row.offsets, row.source_gradients, row.source_accumulate)
-        columns = [jnp.stack(field) for field in fields]
+    def _save_tiles(self, row: Instructions, dtiles: Tiles, handed: _Handed) -> Tiles:
+        """Writes the cotangents of an instruction's tiles; only a stem's parts share any."""
 
-        def one_part(j, carry):
-            gradients, dkernels = carry
-            source, offset, place, add = (_read(column, j) for column in columns)
-            x = self.read(values, kind.source, source)
-            _, vjp = jax.vjp(lambda x, k: part(x, k, offset, context), x, kernels)
-            dx, dk = vjp(dz)
-            gradients = self.write(gradients, kind.source, place, dx, add)
-            return gradients, jax.tree.map(jnp.add, dkernels, dk)
+        def save(tile, condition, place, value):
+            def write(array):
+                return _write(array, place, value, row.tile_accumulate)
 
-        start = (gradients, jax.tree.map(jnp.zeros_like, kernels))
-        gradients, dkernels = lax.fori_loop(0, row.parts, one_part, start)
-        return gradients, self._save_tiles(kind, row, dtiles, dkernels, ())
+            dtiles[tile] = _when(condition, write, dtiles[tile])
 
-    def _backward_bins(self, values, dfeatures, kinds, row, carry):
-        gradients, dtiles, scratch = carry
-        for k in kinds:
-            kind = self.bucket.kinds[k]
-            bins = branch_of(kind, self.bucket).bins
-
-            def save(gradients, kind=kind, bins=bins):
-                x = self.read(values, kind.source, row.sources[0])
-                _, vjp = jax.vjp(lambda x: bins(x, row.offsets[0], self.bins), x)
-                place, add = row.source_gradients[0], row.source_accumulate[0]
-                return self.write(gradients, kind.source, place, vjp(dfeatures)[0], add)
-
-            gradients = _when(row.kind == k, save, gradients)
-        return gradients, dtiles, scratch
+        dtiles = dict(dtiles)
+        kernels = jnp.stack(row.kernels)
+        for tile, slots in self.kernel_slots.items():
+            for of_kind, dkernel in zip(slots, handed.kernels[tile], strict=True):
+                column = _read(of_kind, row.kind)
+                save(tile, column >= 0, _read(kernels, column), dkernel)
+        for j, (of_kind, dvector) in enumerate(zip(self.vector_slots, handed.vectors, strict=True)):
+            save(VECTOR, _read(of_kind, row.kind), row.vectors[j], dvector)
+        save(VECTOR, row.norm, row.norm_vector, handed.norm)
+        return dtiles
 
 
 class Arenas(NamedTuple):
@@ -368,7 +424,7 @@ def forward(bucket, normalise, tiles: Tiles, table: Instructions, images, values
     program = _Program(bucket, normalise, tiles, table, images, axis)
     features = jnp.zeros((len(images), program.bins), jnp.float32)
     carry = (values, features, program.scratch())
-    return program.walk(program.forward_group, carry, reverse=False)[:2]
+    return program.walk(program.forward_instruction, carry, reverse=False)[:2]
 
 
 def backward(
@@ -390,9 +446,9 @@ def backward(
       (gradients, dtiles): the arena of cotangents, and those of tiles.
     """
     program = _Program(bucket, normalise, tiles, table, images, axis)
-    carry = (arenas.gradients, dtiles, program.scratch())
-    run_group = functools.partial(program.backward_group, arenas.values, dfeatures)
-    return program.walk(run_group, carry, reverse=True)[:2]
+    carry = (arenas.gradients, dtiles, program.start_backward())
+    run_one = functools.partial(program.backward_instruction, arenas.values, dfeatures)
+    return program.walk(run_one, carry, reverse=True)[:2]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -445,7 +501,7 @@ def save_head_tiles(dtiles: Tiles, table: Instructions, gradients: dict[str, jax
     }
 
 
-def head(normalise: bool, weights: dict[str, jax.Array], table: Instructions, x, dropout=None):
+def head(weights: dict[str, jax.Array], table: Instructions, x, dropout=None):
     """The classifier: (B, bins) binned features -> (B, classes) logits.
 
     Args:
@@ -453,20 +509,15 @@ def head(normalise: bool, weights: dict[str, jax.Array], table: Instructions, x,
       dropout: (B, MAX_HIDDEN) factors of the hidden layer, 0 or 2; None for no dropout.
     """
     bins = x.shape[1]
-    bias, hidden_bias = (
-        weights["classifier_bias"],
-        tile_axis(weights["hidden_bias"], 0, MAX_HIDDEN, jnp),
-    )
-    if normalise:
-        bias, hidden_bias = squash_bias(bias, jnp), squash_bias(hidden_bias, jnp)
+    bias = tile_axis(weights["hidden_bias"], 0, MAX_HIDDEN, jnp)
     hidden = tile_axis(weights["hidden"], 1, MAX_HIDDEN, jnp) * table.head_scales[1]
-    y = nn.relu(x @ hidden + hidden_bias)
+    y = nn.relu(x @ hidden + bias)
     if dropout is not None:
         y = y * dropout
     y = jnp.where(jnp.arange(MAX_HIDDEN) < table.hidden, y, 0.0)
     y = y.reshape(len(x), -1, bins).sum(1)  # the classifier's weight repeats along its inputs
     x = jnp.where(table.hidden > 0, y, x)
-    return x @ (weights["classifier"] * table.head_scales[0]) + bias
+    return x @ (weights["classifier"] * table.head_scales[0]) + weights["classifier_bias"]
 
 
 def execute(bucket, capacity, normalise, tiles: Tiles, table: Instructions, images, dropout=None):
@@ -477,10 +528,10 @@ def execute(bucket, capacity, normalise, tiles: Tiles, table: Instructions, imag
 
     Args:
       bucket, capacity, normalise: static.
-      tiles: decoded tiles by kind.
+      tiles: decoded tiles by kind, from `tiles.decode_tiles`.
       table: the architecture, from `program.compile_instructions`.
       images: normalised images.
       dropout: see `head`.
     """
     x = features(bucket, capacity, normalise, tiles, table, images)
-    return head(normalise, head_tiles(tiles, table), table, x, dropout)
+    return head(head_tiles(tiles, table), table, x, dropout)

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ghn_jax.decoder import Decoder
+from ghn_jax.executor.branches import VECTOR
 from ghn_jax.executor.program import TileRows
-from ghn_jax.executor.run import Tiles
+from ghn_jax.executor.run import CLASSIFIER_BIAS, Tiles
 from ghn_jax.ghn import GHN
-from ghn_jax.parameters import TileKind
+from ghn_jax.parameters import TileKind, squash_bias, squash_norm_weight
 
 # Kernel positions that a chunk decodes at once: enough for the matrix products to be efficient.
 _POSITIONS = 64
@@ -98,6 +99,14 @@ def _decode_backward(decoder, kind, residuals, g):
 decode.defvjp(_decode_forward, _decode_backward)
 
 
+def normalise_vectors(tiles: Tiles) -> Tiles:
+    """Applies what Table 2 has for norm layers and biases; it depends on nothing but the tile."""
+    scale, bias = jnp.moveaxis(tiles[VECTOR], 1, 0)
+    vectors = jnp.stack([squash_norm_weight(scale, jnp), squash_bias(bias, jnp)], axis=1)
+    classifier = squash_bias(tiles[CLASSIFIER_BIAS], jnp)
+    return {**tiles, VECTOR: vectors, CLASSIFIER_BIAS: classifier}
+
+
 def decode_tiles(ghn: GHN, variables, states: jax.Array, rows: TileRows) -> Tiles:
     """Decodes the tiles of a group of architectures.
 
@@ -108,11 +117,13 @@ def decode_tiles(ghn: GHN, variables, states: jax.Array, rows: TileRows) -> Tile
       rows: the nodes that need each kind of tile.
 
     Returns:
-      Tiles by kind; rows not in use are zero.
+      Tiles by kind, vectors normalised where the hypernetwork says so; rows not in use hold
+      anything.
     """
     decoder = Decoder(ghn.features, ghn.max_shape, ghn.num_classes)
     params = {"params": variables["params"]["decoder"]}
-    return {
+    tiles = {
         kind: decode(decoder, kind, params, states[nodes], rows.counts[kind])
         for kind, nodes in rows.nodes.items()
     }
+    return normalise_vectors(tiles) if ghn.normalise else tiles
