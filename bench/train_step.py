@@ -15,7 +15,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
+from reference import Reference
 from tqdm import tqdm
 
 from ghn_jax.compilation import CompilationCounter, keep_programs
@@ -45,29 +45,6 @@ class Options:
     seed: int = 0  # of the networks, their widths and the images
     cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs
     pause: float = 0.3  # seconds before each timing, for the other's threads to stop spinning
-
-
-class Reference:
-    """The authors' code in a process of its own."""
-
-    def __init__(self, code: Path, nets: Path, batch_size: int):
-        script = Path(__file__).with_name("reference_step.py")
-        command = [sys.executable, str(script), str(code), str(nets), str(batch_size)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        while not (line := self.process.stdout.readline()).startswith("{"):
-            if not line:
-                raise ValueError(f"the code in {code} did not start; its error is above")
-        self.about = json.loads(line)
-
-    def __call__(self, indices, architectures) -> dict:
-        """Seconds, loss and memory of one meta-batch."""
-        request = {"indices": indices, "C": [a.C for a in architectures],
-                   "fc_dim": [a.fc_dim for a in architectures]}  # fmt: skip
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
 
 
 def meta_batches(nets: DeepNets1M, config, updates: int) -> list[list[int]]:
@@ -104,7 +81,9 @@ def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
     rng = np.random.default_rng(options.seed)
     images = rng.standard_normal((config.batch_size, 32, 32, 3), np.float32)
     labels = rng.integers(0, 10, config.batch_size).astype(np.int32)
-    reference = options.reference and Reference(options.reference, path, config.batch_size)
+    reference = options.reference and Reference(
+        "update", options.reference, path, config.batch_size
+    )
     counter = CompilationCounter()
     rows = []
     for indices in tqdm(meta_batches(nets, config, options.updates), unit="meta-batch"):
@@ -125,8 +104,11 @@ def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
                "prepare": prepared, "programs": counter.count}  # fmt: skip
         if reference:
             time.sleep(options.pause)
-            reference(indices, architectures)  # warm-up, as ours
-            row["theirs"] = reference(indices, architectures)["seconds"]
+            request = {"indices": indices, "C": [a.C for a in architectures],
+                       "fc_dim": [a.fc_dim for a in architectures]}  # fmt: skip
+            reference(**request)  # warm-up, as ours
+            answer = reference(**request)
+            row |= {"theirs": answer["seconds"], "their_memory": answer["memory_mb"]}
         rows.append(row)
         tqdm.write("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}"
                              for k, v in row.items()))  # fmt: skip
@@ -151,6 +133,7 @@ def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
             "reference_seconds": round(theirs, 2),
             "ratio_of_medians": round(theirs / result["seconds"], 2),
             "worst_ratio": round(min(ratios), 2),
+            "reference_memory_mb": round(rows[-1]["their_memory"]),
             "reference": reference.about,
         }
         print(f"{'the same, code of the authors':<44}{theirs:>8.2f}"

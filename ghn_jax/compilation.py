@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+LOADED_EVENT = "/ghn_jax/program_loaded"  # from the folder of `program_store`
 
 
 def keep_programs(folder: str | Path) -> None:
@@ -60,6 +61,6 @@ class CompilationCounter:
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration: float, **_) -> None:
-        if event == _COMPILE_EVENT:
+        if event in (_COMPILE_EVENT, LOADED_EVENT):
             self.count += 1
             self.seconds += duration

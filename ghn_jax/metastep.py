@@ -119,11 +119,6 @@ def _run_one(
     return dtiles, arenas._replace(gradients=gradients), totals
 
 
-def _new_memory(capacity: Capacity, images: int, tiles: Tiles) -> tuple[Tiles, Arenas]:
-    """What a group writes to: cotangents of its tiles, and arenas for so many images."""
-    return jax.tree.map(jnp.zeros_like, tiles), Arenas.zeros(capacity, images)
-
-
 def _predict(ghn: GHN, params, graph, rows) -> Tiles:
     """The tiles of a group's architectures."""
     variables = {"params": params}
@@ -166,7 +161,6 @@ class MetaStep:
         self._programs, self._programs_seen = RowPrograms(), 0
         same, part = P(), P(DATA)
         self._predict = RowFunction(_predict, (same, same, same), same)
-        self._new_memory = RowFunction(_new_memory, (same,), part)
         self._run = RowFunction(
             _run_one,
             (same, part, part, part, same, part, part, same, same, same, same),
@@ -217,20 +211,26 @@ class MetaStep:
         return jax.tree.map(view, tree)
 
     def _memory_for(self, index: int, row: Row, tiles: Tiles, capacity: Capacity, images: int):
-        """What a group wrote to before, where it is of the size that is needed; else new memory.
+        """What a group writes to: cotangents of its tiles, and arenas for so many images.
 
-        Nothing is read there before it is written.
+        It is what the group wrote to before, where that has the size that is needed. Nothing is
+        read there before it is written.
         """
-        shapes = jax.tree.map(
-            lambda x: (row.mesh.size * x.shape[0], *x.shape[1:]),
-            (tiles, Arenas.shapes(capacity, images)),
-        )
+
+        def needed(x):
+            return jax.ShapeDtypeStruct((row.mesh.size * x.shape[0], *x.shape[1:]), np.float32)
+
+        def zeros(x):  # copied there: a program that makes them would be one more to compile
+            return jax.device_put(np.zeros(x.shape, x.dtype), row.sharding(P(DATA)))
+
+        new = jax.tree.map(needed, (tiles, Arenas.shapes(capacity, images)))
         old = self._memory.pop(index, (None, None))
-        fits = [jax.tree.map(jnp.shape, o) == s for o, s in zip(old, shapes, strict=True)]
-        if all(fits):
-            return old
-        new = self._programs(row, self._new_memory, (capacity, images), tiles)
-        return tuple(o if fit else n for o, n, fit in zip(old, new, fits, strict=True))
+        return tuple(
+            o
+            if jax.tree.map(jnp.shape, o) == jax.tree.map(jnp.shape, n)
+            else jax.tree.map(zeros, n)
+            for o, n in zip(old, new, strict=True)
+        )
 
     def _run_group(self, index: int, row: Row, group: Group, params, step, images, labels, count):
         """The vector of a group's architectures, on each of its row's devices."""

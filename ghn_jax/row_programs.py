@@ -1,30 +1,34 @@
 """Programs that run on any row of a mesh, compiled once for all of them.
 
 XLA makes an executable for certain devices. Rows are alike, so a program is compiled for the first
-row that needs it, and the others load what was compiled, with devices of their own. Measured on a
-CPU core (one of the executor's smallest programs): compiled in 5-14 s, loaded in 0.3-0.8 s. JAX's
-cache on disk alone would not do: except on GPUs its keys name the devices, and processes but the
-first do not write to it. A program that comes from there is not handed on, though: XLA's CPU
-backend loses part of one that it loads twice (jax 0.10.2). Every row then asks that cache itself.
+row that needs it, and the others load what was compiled, with devices of their own; so does the
+next process, from the folder of `program_store`. JAX's cache on disk would not do: it has to be
+asked with a traced program, its keys name the devices except on GPUs, and processes but the first
+do not write to it. XLA's CPU backend also loses part of a program that comes from there and is
+saved again (jax 0.10.2), so that these programs are kept out of it.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import io
+import math
 import os
+import pickle
 import threading
+import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-from jax._src import compiler
+from jax._src import compiler, config
 from jax.experimental import serialize_executable
 from jax.sharding import PartitionSpec as P
 
+from ghn_jax.compilation import LOADED_EVENT
 from ghn_jax.mesh import Row
+from ghn_jax.program_store import ProgramStore, program_name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +50,11 @@ class RowFunction:
     donate: tuple[int, ...] = ()
     options: dict[str, Any] | None = None
 
+    def describe(self) -> tuple:
+        """All of it, as data."""
+        names = self.function.__module__, self.function.__qualname__
+        return *names, self.inputs, self.outputs, self.donate, self.options
+
 
 def _shape(leaf) -> tuple:
     return leaf.shape, leaf.dtype
@@ -59,7 +68,10 @@ class RowPrograms:
         self._compiled: dict[Hashable, tuple[Row, jax.stages.Compiled]] = {}
         self._locks: dict[Hashable, threading.Lock] = collections.defaultdict(threading.Lock)
         self._guard = threading.Lock()
+        # Loading is mostly asking for memory, which threads only do one at a time.
         self._compiling = threading.Semaphore(os.cpu_count() or 1)
+        self._loading = threading.Lock()
+        self._store = ProgramStore()
 
     @property
     def count(self) -> int:
@@ -77,48 +89,55 @@ class RowPrograms:
         Args:
           row: whose devices run it.
           function: what they run.
-          static: hashable leading arguments.
+          static: hashable leading arguments, with a `repr` that says all about them.
           *arguments: arrays on the row's devices as `function.inputs` says, or NumPy arrays.
         """
         leaves, tree = jax.tree.flatten(arguments)
         key = (function, static, tree, tuple(map(_shape, leaves)))
         program = self._programs.get(key, {}).get(row.index)
         if program is None:
-            program = self._make(key, row, function, static, arguments)
+            program = self._make(key, row, arguments)
         return program(*arguments)
 
-    def _make(self, key, row: Row, function: RowFunction, static, arguments):
+    def _make(self, key, row: Row, arguments):
         with self._guard:
             lock = self._locks[key]
         with lock:  # another row may be compiling it
             programs = self._programs.setdefault(key, {})
-            if row.index in programs:
-                return programs[row.index]
-            with self._compiling:
-                if key in self._compiled:
-                    programs[row.index] = _load(*self._compiled[key], row)
-                else:
-                    _from_disk.hit = False
-                    programs[row.index] = _compile(row, function, static, arguments)
-                    if not _from_disk.hit:
-                        self._compiled[key] = row, programs[row.index]
+            if row.index not in programs:
+                programs[row.index] = self._load_or_compile(key, row, arguments)
         return programs[row.index]
 
+    def _load_or_compile(self, key, row: Row, arguments) -> jax.stages.Compiled:
+        function, static, tree, shapes = key
+        name = program_name(
+            row.devices[0], row.axis, row.mesh.size, function.describe(), static, tree, shapes
+        )
+        data = self._store.load(name)
+        if data is None and key in self._compiled:
+            data = _dump(*self._compiled[key])
+        if data is not None:
+            start = time.perf_counter()
+            with self._loading:
+                program = _load(data, row)
+            jax.monitoring.record_event_duration_secs(LOADED_EVENT, time.perf_counter() - start)
+            return program
+        with self._compiling:
+            program = _compile(row, function, static, arguments, name)
+        self._compiled[key] = row, program
+        if self._store.folder is not None:
+            self._store.save(name, _dump(row, program))
+        return program
 
-# Whether the program that this thread asked for last was in JAX's cache on disk.
-_from_disk = threading.local()
 
+def _compile(
+    row: Row, function: RowFunction, static: tuple, arguments, name: str
+) -> jax.stages.Compiled:
+    def compute(*arguments):
+        return function.function(*static, *arguments)
 
-def _listen(event: str, **_) -> None:
-    if event == "/jax/compilation_cache/cache_hits":
-        _from_disk.hit = True
-
-
-jax.monitoring.register_event_listener(_listen)
-
-
-def _compile(row: Row, function: RowFunction, static: tuple, arguments) -> jax.stages.Compiled:
-    compute = functools.partial(function.function, *static)
+    # A name that nothing in JAX's cache has.
+    compute.__name__ = f"{function.function.__name__}_{name}"
     if row.axis is not None:
         compute = jax.shard_map(
             compute,
@@ -134,14 +153,21 @@ def _compile(row: Row, function: RowFunction, static: tuple, arguments) -> jax.s
         donate_argnums=function.donate,
         compiler_options=function.options,
     )
-    return program.lower(*arguments).compile()
+    lowered = program.lower(*arguments)
+    with config.persistent_cache_min_compile_time_secs(math.inf):
+        return lowered.compile()
 
 
-def _load(first: Row, program: jax.stages.Compiled, row: Row) -> jax.stages.Compiled:
+def _dump(row: Row, program: jax.stages.Compiled) -> bytes:
+    """A program compiled for a row."""
+    return pickle.dumps(([d.id for d in row.devices], *serialize_executable.serialize(program)))
+
+
+def _load(data: bytes, row: Row) -> jax.stages.Compiled:
     """A program compiled for one row, for the devices of another."""
-    data, in_tree, out_tree = serialize_executable.serialize(program)
+    ids, data, in_tree, out_tree = pickle.loads(data)
     devices = row.devices
-    replacement = dict(zip([d.id for d in first.devices], devices, strict=True))
+    replacement = dict(zip(ids, devices, strict=True))
     # As JAX's cache on disk does; `deserialize_and_load` keeps the devices it was compiled for.
     options = compiler.get_compile_options(1, len(devices), [[d.id for d in devices]])
 

@@ -73,7 +73,11 @@ def small_case(split: str, index: int) -> Case:
 
 def features(case: Case) -> set[str]:
     """What running an architecture tests, in words."""
-    arch, stem = case.arch, case.bucket.stem
+    arch, stem = case.arch, "full"
+    if arch.has_attention:
+        stem = "vit"
+    elif arch.stem_type == 1 or arch.stem_pool:
+        stem = "half"
     words = {
         f"stem {stem}, C_mult {arch.C_mult}",
         f"stem {stem}, norm {arch.norm is not None}",

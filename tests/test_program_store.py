@@ -1,0 +1,96 @@
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ghn_jax.compilation import CompilationCounter
+from ghn_jax.mesh import local_rows, make_mesh
+from ghn_jax.program_store import ProgramStore
+from ghn_jax.row_programs import RowFunction, RowPrograms
+
+TRACED = []
+
+
+def scaled_loop(factor, x, steps):
+    """A program with kernels, a loop and a donated argument."""
+    TRACED.append(factor)
+    return jax.lax.fori_loop(0, steps, lambda i, x: jnp.tanh(x @ x.T) @ x * factor, x)
+
+
+FUNCTION = RowFunction(scaled_loop, (P(), P()), P(), donate=(0,))
+ROWS = local_rows(make_mesh("arch=2", jax.devices()[:2]))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    TRACED.clear()
+    yield tmp_path / "programs"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def run(programs: RowPrograms, row=ROWS[0], factor=0.5, size=8) -> np.ndarray:
+    x = jax.device_put(
+        np.linspace(-1, 1, size * 4, dtype=np.float32).reshape(size, 4), row.devices[0]
+    )
+    return np.asarray(programs(row, FUNCTION, (factor,), x, np.int32(3)))
+
+
+def test_a_program_is_traced_once_for_all_processes_and_rows(folder):
+    expected = run(RowPrograms())
+    assert len(TRACED) == 1
+    assert len(list(folder.iterdir())) == 1
+    counter, again = CompilationCounter(), RowPrograms()
+    for row in (ROWS[1], ROWS[0]):
+        np.testing.assert_array_equal(run(again, row), expected)
+    assert len(TRACED) == 1
+    assert counter.count == again.count == 2
+    # Loaded where it is to run.
+    assert again(ROWS[1], FUNCTION, (0.5,), jnp.ones((8, 4)), np.int32(1)).devices() == {
+        ROWS[1].devices[0]
+    }
+
+
+def test_other_programs_have_other_names(folder):
+    for changes in ({}, {"factor": 0.25}, {"size": 16}):
+        run(RowPrograms(), **changes)
+    with jax.default_matmul_precision("float32"):
+        run(RowPrograms())
+    assert len(TRACED) == len(list(folder.iterdir())) == 4
+    assert not np.array_equal(run(RowPrograms()), run(RowPrograms(), factor=0.25))
+    assert len(TRACED) == 4
+
+
+def test_a_damaged_file_is_made_again(folder):
+    expected = run(RowPrograms())
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    np.testing.assert_array_equal(run(RowPrograms()), expected)
+    assert len(TRACED) == 2
+    np.testing.assert_array_equal(run(RowPrograms()), expected)
+    assert len(TRACED) == 2
+    assert list(folder.iterdir()) == [path]
+
+
+def test_programs_that_nobody_uses_are_removed(folder):
+    store = ProgramStore()
+    for name in ("old", "used"):
+        store.save(name, name.encode())
+        os.utime(folder / name, (0, time.time() - 40 * 24 * 3600))
+    assert store.load("used") == b"used"
+    store = ProgramStore()
+    assert store.load("used") == b"used"
+    assert store.load("old") is None
+
+
+def test_nothing_is_kept_without_a_folder(tmp_path):
+    assert jax.config.jax_compilation_cache_dir is None
+    store = ProgramStore()
+    store.save("a", b"a")
+    assert store.load("a") is None
