@@ -192,8 +192,9 @@ def train(config: TrainConfig, images: Images) -> None:
     ):
         for step in range(done + 1, total + 1):
             start = time.perf_counter()
-            batch = next(meta_batches)
-            state, metrics = step_fn(state, batch, *next(image_batches))
+            batch, image_batch = next(meta_batches), next(image_batches)
+            waited = time.perf_counter() - start
+            state, metrics = step_fn(state, batch, *image_batch)
             metrics = jax.device_get(metrics)
             seconds, position = time.perf_counter() - start, batch.position
             seen += len(batch.architectures)
@@ -203,6 +204,7 @@ def train(config: TrainConfig, images: Images) -> None:
                 "loss": loss if metrics.applied and math.isfinite(loss) else None,
                 "top1": float(metrics.top1),
                 "seconds": round(seconds, 4),
+                "waited": round(waited, 4),
                 "nodes": batch.nodes,
                 "architectures": seen,
                 "compilations": counter.count,

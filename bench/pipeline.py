@@ -1,0 +1,84 @@
+"""How long training updates wait for architectures and images, as a share of their time.
+
+    python bench/pipeline.py
+
+The streams that `train/train_ghn.py` trains on (GHN-2, meta-batch 8, batch 64, 32x32 images of
+noise, augmented as CIFAR-10's), prepared in threads while updates run. Updates that compile or load
+a program are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import tyro
+from evaluate import random_images
+from tqdm import tqdm
+
+from ghn_jax.compilation import CompilationCounter, keep_programs
+from ghn_jax.images import prefetch, train_batches
+from ghn_jax.memory import keep_memory
+from ghn_jax.metabatch import Stream
+from ghn_jax.metastep import MetaStep
+from ghn_jax.presets import preset
+from ghn_jax.sampling import sample_architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    updates: int = 30
+    cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs
+
+
+def main(options: Options) -> None:
+    """Prints a table and a JSON line."""
+    keep_programs(options.cache_dir)
+    keep_memory()
+    config = preset("ghn2")
+    ghn, rules = config.ghn(10, 32), config.rules(32)
+    step = MetaStep(ghn, config.optimizer(1000))
+    state = step.init(0)
+    stream = Stream(
+        ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.meta_batch, 32,
+        n_groups=config.workers, graph_nodes=config.graph_nodes,
+    )  # fmt: skip
+    images = dataclasses.replace(random_images(45_000), name="cifar10", split="train")
+    counter, programs = CompilationCounter(), -1
+    waited, seconds, most, counted = 0.0, 0.0, 0.0, 0
+    with (
+        closing(prefetch(stream.batches(0), size=4)) as meta_batches,
+        closing(prefetch(train_batches(images, config.batch_size, seed=0))) as image_batches,
+    ):
+        for _ in tqdm(itertools.repeat(None, options.updates), unit="update"):
+            start = time.perf_counter()
+            batch, image_batch = next(meta_batches), next(image_batches)
+            wait = time.perf_counter() - start
+            state, _ = jax.block_until_ready(step(state, batch, *image_batch))
+            if counter.count == programs:
+                whole = time.perf_counter() - start
+                waited, seconds, counted = waited + wait, seconds + whole, counted + 1
+                most = max(most, wait / whole)
+            programs = counter.count
+    result = {
+        "benchmark": "pipeline",
+        "updates": counted,
+        "waiting_share": round(waited / seconds, 5),
+        "most_of_one": round(most, 5),
+        "update_seconds": round(seconds / counted, 2),
+    }
+    print(f"{'updates without new programs':<44}{counted:>10}")
+    print(f"{'share of their time that they waited':<44}{waited / seconds:>10.3%}")
+    print(f"{'the most of one':<44}{most:>10.3%}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
