@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ghn_jax.architecture import Architecture
-from ghn_jax.kernels import depthwise
+from ghn_jax.kernels import convolve, depthwise
 from ghn_jax.parameters import parameter_path
 from ghn_jax.wiring import IMAGE, Operation, wire
 
@@ -55,13 +55,7 @@ class Conv(nn.Module):
         if self.depthwise:
             return depthwise(x, kernel[:, :, 0], self.strides[0], self.dilation)
         pad = self.padding or tuple((k - 1) // 2 for k in self.kernel)
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            self.strides,
-            [(p, p) for p in pad],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        return convolve(x, kernel, self.strides, [(p, p) for p in pad])
 
 
 class BatchNorm(nn.Module):

@@ -10,6 +10,13 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 2)
 
 
+@pytest.fixture(autouse=True)
+def no_programs_of_other_tests():
+    """No test finds programs that another one kept: it may have changed the code they come from."""
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of golden outputs and samples; tests that need it skip where it is absent."""

@@ -27,11 +27,9 @@ ROWS = local_rows(make_mesh("arch=2", jax.devices()[:2]))
 
 @pytest.fixture
 def folder(tmp_path):
-    before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     TRACED.clear()
-    yield tmp_path / "programs"
-    jax.config.update("jax_compilation_cache_dir", before)
+    return tmp_path / "programs"
 
 
 def run(programs: RowPrograms, row=ROWS[0], factor=0.5, size=8) -> np.ndarray:
@@ -89,7 +87,7 @@ def test_programs_that_nobody_uses_are_removed(folder):
     assert store.load("old") is None
 
 
-def test_nothing_is_kept_without_a_folder(tmp_path):
+def test_nothing_is_kept_without_a_folder():
     assert jax.config.jax_compilation_cache_dir is None
     store = ProgramStore()
     store.save("a", b"a")
