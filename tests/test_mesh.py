@@ -275,9 +275,9 @@ def test_eight_devices_make_the_update_of_one(mesh, one_device, tmp_path):
         worst = np.abs(one_device[name]).max()
         np.testing.assert_allclose(eight[name], one_device[name], rtol=1e-4, atol=1e-4 * worst)
     assert any(one_device[name].any() for name in arrays)
-    # Rows load what one of them has compiled.
+    # Tiles, an architecture, the gradient: rows load what one of them has compiled.
     rows = int(mesh[5])
-    assert eight["programs"] >= 6 * rows
+    assert eight["programs"] >= 3 * rows
     assert eight["compiled"] <= one_device["compiled"] + 2
 
 
