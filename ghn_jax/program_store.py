@@ -5,17 +5,22 @@ than loading it (on one core: traced and lowered in 4 s, loaded in 2). Files her
 decides on the trace: the package's source, the versions and settings of JAX and of the machine, the
 function, its static arguments and the shapes of the others.
 
-Like JAX's own, such a file holds machine code: the folder is one that nobody else writes to.
+Functions that are replaced while Python runs, and hypernetworks whose class is defined elsewhere,
+are not part of that: the former are for who replaces them to mind, the latter are never kept.
+
+Like JAX's own, such a file holds machine code. One that belongs to another user is not read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import platform
 import tempfile
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -49,6 +54,11 @@ def _settings() -> str:
     return repr([(k, v) for k, v in values if "cache" not in k and "coordinator" not in k])
 
 
+def is_known(value) -> bool:
+    """Whether `_source` and a value's `repr` say all about it."""
+    return type(value).__module__.split(".")[0] in ("builtins", __name__.split(".")[0])
+
+
 def program_name(device: jax.Device, *what) -> str:
     """A name for the program made from `what` (data with a `repr`) for a kind of device."""
     parts = (
@@ -69,15 +79,18 @@ class ProgramStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             oldest = time.time() - _UNUSED_DAYS * 24 * 3600
             for path in self.folder.iterdir():
-                if path.stat().st_mtime < oldest:
-                    path.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # another process removed it
+                    if path.stat().st_mtime < oldest:
+                        path.unlink()
 
     def load(self, name: str) -> bytes | None:
-        """What was saved under a name; None if nothing was, or the file is damaged."""
+        """What this user saved under a name; None if nothing was, or the file is damaged."""
         if self.folder is None:
             return None
         path = self.folder / name
         try:
+            if path.stat().st_uid != os.getuid():
+                return None
             data = zlib.decompress(path.read_bytes())
             os.utime(path)
         except (OSError, zlib.error):
@@ -85,9 +98,12 @@ class ProgramStore:
         return data
 
     def save(self, name: str, data: bytes) -> None:
-        """Saves a program; processes may do so at the same time."""
+        """Saves a program, or warns that it cannot; processes may do so at the same time."""
         if self.folder is None:
             return
-        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-            file.write(zlib.compress(data, 1))
-        Path(file.name).replace(self.folder / name)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+                file.write(zlib.compress(data, 1))
+            Path(file.name).replace(self.folder / name)
+        except OSError as error:  # a full disk, say: no reason to end a training run
+            warnings.warn(f"a compiled program is not kept in {self.folder}: {error}", stacklevel=2)

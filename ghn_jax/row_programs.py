@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from ghn_jax.compilation import LOADED_EVENT
 from ghn_jax.mesh import Row
-from ghn_jax.program_store import ProgramStore, program_name
+from ghn_jax.program_store import ProgramStore, is_known, program_name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +113,8 @@ class RowPrograms:
         name = program_name(
             row.devices[0], row.axis, row.mesh.size, function.describe(), static, tree, shapes
         )
-        data = self._store.load(name)
+        known = all(map(is_known, static))
+        data = self._store.load(name) if known else None
         if data is None and key in self._compiled:
             data = _dump(*self._compiled[key])
         if data is not None:
@@ -125,7 +126,7 @@ class RowPrograms:
         with self._compiling:
             program = _compile(row, function, static, arguments, name)
         self._compiled[key] = row, program
-        if self._store.folder is not None:
+        if known and self._store.folder is not None:
             self._store.save(name, _dump(row, program))
         return program
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 import time
 
 import jax
@@ -74,6 +75,33 @@ def test_a_damaged_file_is_made_again(folder):
     np.testing.assert_array_equal(run(RowPrograms()), expected)
     assert len(TRACED) == 2
     assert list(folder.iterdir()) == [path]
+
+
+class Factor(float):
+    """Of a class that the package knows nothing of."""
+
+
+def test_programs_of_other_code_are_not_kept(folder):
+    for _ in range(2):
+        run(RowPrograms(), factor=Factor(0.5))
+    assert len(TRACED) == 2
+    assert not list(folder.iterdir())
+
+
+def test_files_of_other_users_are_not_read(folder, monkeypatch):
+    store = ProgramStore()
+    store.save("a", b"a")
+    assert store.load("a") == b"a"
+    monkeypatch.setattr(os, "getuid", lambda: (folder / "a").stat().st_uid + 1)
+    assert store.load("a") is None
+
+
+def test_a_folder_that_takes_nothing_ends_no_run(folder):
+    expected = run(RowPrograms())
+    programs = RowPrograms()
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning, match="is not kept in"):
+        np.testing.assert_array_equal(run(programs), expected)
 
 
 def test_programs_that_nobody_uses_are_removed(folder):

@@ -332,12 +332,14 @@ class _Program:
         branch = branch_of(kind, self.bucket)
         context = _context(kind, self.bucket, row, self.normalise, self.axis)
         kernels, vectors = self._kernels(kind, row), self._vectors(kind, row)
-        if branch.bins is not None:
-            compute = lambda x, k, v: branch.bins(x, offset, self.bins)  # noqa: E731
-        elif branch.part is not None:
-            compute = lambda x, k, v: branch.part(x, k, offset, context)  # noqa: E731
-        else:
-            compute = lambda x, k, v: branch.apply(x, k, v, context)  # noqa: E731
+
+        def compute(x, kernels, vectors):
+            if branch.bins is not None:
+                return branch.bins(x, offset, self.bins)
+            if branch.part is not None:
+                return branch.part(x, kernels, offset, context)
+            return branch.apply(x, kernels, vectors, context)
+
         x = self.images if kind.source < 0 else self.read(values, kind.source, source)
         _, vjp = jax.vjp(compute, x, kernels, vectors)
         dx, dkernels, dvectors = vjp(g)
