@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -55,6 +59,110 @@ def gru(params, message, hidden):
     return (1 - update) * candidate + update * hidden
 
 
+class _Layers(NamedTuple):
+    """Parameters of the encoder: MLPs of real and (if there are) virtual edges, and the GRU."""
+
+    mlps: tuple
+    cell: dict
+
+
+def _weights(rows: jax.Array, layers: _Layers, virtual_includes_real: bool) -> list[jax.Array]:
+    """(W, N) rows of a matrix of edge weights -> for each MLP, how much each edge counts."""
+    real = (rows == 1).astype(rows.dtype)
+    if len(layers.mlps) == 1:
+        return [real]
+    return [real, rows if virtual_includes_real else rows - real]
+
+
+def _take(array: jax.Array, nodes: jax.Array) -> jax.Array:
+    """Rows of some nodes; zeros for those that pad a schedule."""
+    return array.at[nodes].get(mode="fill", fill_value=0)
+
+
+def _put(array: jax.Array, nodes: jax.Array, rows: jax.Array) -> jax.Array:
+    return array.at[nodes].set(rows, mode="drop")
+
+
+def _walk(schedule: jax.Array, step: Callable, carry, *, reverse: bool = False):
+    """`step(carry, nodes) -> carry` for every row of a schedule but the last that are empty."""
+    count = (schedule != len(jax.tree.leaves(carry)[0])).any(1).sum()
+
+    def one(i, carry):
+        return step(carry, schedule[count - 1 - i if reverse else i])
+
+    return lax.fori_loop(0, count, one, carry)
+
+
+def _say(layers: _Layers, state: jax.Array) -> list[jax.Array]:
+    return [mlp(p, state) for p in layers.mlps]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sweep(
+    virtual_includes_real: bool,
+    layers: _Layers,
+    x: jax.Array,
+    matrix: jax.Array,
+    schedule: jax.Array,
+) -> jax.Array:
+    """Updates (N, d) states once, in the order of a schedule (Eq. 3 or 4 in one direction).
+
+    Args:
+      virtual_includes_real: see `GatedGNN`.
+      layers: the parameters.
+      x: the states.
+      matrix: (N, N) weights of edges, [receiver, sender].
+      schedule: (S, W) nodes to update together; N for none.
+    """
+    return _sweep_forward(virtual_includes_real, layers, x, matrix, schedule)[0]
+
+
+def _sweep_forward(virtual_includes_real, layers, x, matrix, schedule):
+    def step(carry, nodes):
+        state, messages, said = carry
+        weights = _weights(_take(matrix, nodes), layers, virtual_includes_real)
+        message = sum(w @ s for w, s in zip(weights, said, strict=True))
+        new = gru(layers.cell, message, _take(state, nodes))
+        said = [_put(s, nodes, m) for s, m in zip(said, _say(layers, new), strict=True)]
+        return _put(state, nodes, new), _put(messages, nodes, message), said
+
+    nothing = jnp.zeros_like(x)
+    carry = x, nothing, [nothing for _ in layers.mlps]
+    state, messages, _ = _walk(schedule, step, carry)
+    return state, (layers, x, matrix, schedule, state, messages)
+
+
+def _sweep_backward(virtual_includes_real, residuals, g):
+    """Nodes in reverse: what those that heard a node hand back is one product, as forwards.
+
+    Autodiff would add to the cotangents of all nodes in every step. Parameters' gradients are taken
+    of all nodes at once, after the loop.
+    """
+    layers, x, matrix, schedule, state, messages = residuals
+    matrix = matrix.T
+
+    def step(carry, nodes):
+        dmessages, dsaid, dnew, dx = carry
+        weights = _weights(_take(matrix, nodes), layers, virtual_includes_real)
+        said = [w @ dmessages for w in weights]
+        new = _take(g, nodes) + jax.vjp(lambda s: _say(layers, s), _take(state, nodes))[1](said)[0]
+        hidden = _take(messages, nodes), _take(x, nodes)
+        message, old = jax.vjp(functools.partial(gru, layers.cell), *hidden)[1](new)
+        dsaid = [_put(a, nodes, b) for a, b in zip(dsaid, said, strict=True)]
+        return (
+            _put(dmessages, nodes, message), dsaid, _put(dnew, nodes, new), _put(dx, nodes, old),
+        )  # fmt: skip
+
+    nothing = jnp.zeros_like(x)
+    carry = nothing, [nothing for _ in layers.mlps], nothing, g
+    _, dsaid, dnew, dx = _walk(schedule, step, carry, reverse=True)
+    dlayers = jax.vjp(lambda p: (_say(p, state), gru(p.cell, messages, x)), layers)[1]
+    return dlayers((dsaid, dnew))[0], dx, None, None
+
+
+sweep.defvjp(_sweep_forward, _sweep_backward)
+
+
 class GatedGNN(nn.Module):
     """Sweeps once over the graph forwards and once backwards (Eqs. 3 and 4, T = 1).
 
@@ -89,13 +197,13 @@ class GatedGNN(nn.Module):
         d = self.features
         hidden = d // 2 if self.virtual else d
         names = ("mlp", "mlp_virtual") if self.virtual else ("mlp",)
-        mlps = [
+        mlps = tuple(
             (
                 dense_params(self, f"{name}_0", d, hidden),
                 dense_params(self, f"{name}_1", hidden, d),
             )
             for name in names
-        ]
+        )
         cell = {
             "input": dense_params(self, "gru_input", d, 3 * d),
             "hidden": dense_params(self, "gru_hidden", d, 3 * d),
@@ -104,28 +212,8 @@ class GatedGNN(nn.Module):
         distance = graph.edges["distance"]
         weight = jnp.where(distance > 0, 1 / jnp.maximum(distance, 1), 0.0).astype(x.dtype)
         matrix = jnp.zeros((n, n), x.dtype).at[graph.receivers, graph.senders].add(weight)
-
-        def sweep(state, matrix, schedule):
-            def step(carry, nodes):
-                state, said = carry
-                rows = matrix.at[nodes].get(mode="fill", fill_value=0)
-                real = (rows == 1).astype(rows.dtype)
-                message = real @ said[0]
-                if self.virtual:
-                    message += (rows if self.virtual_includes_real else rows - real) @ said[1]
-                new = gru(cell, message, state.at[nodes].get(mode="fill", fill_value=0))
-                state = state.at[nodes].set(new, mode="drop")
-                said = [
-                    s.at[nodes].set(mlp(p, new), mode="drop")
-                    for s, p in zip(said, mlps, strict=True)
-                ]
-                return (state, said), None
-
-            said = [jnp.zeros_like(state) for _ in mlps]
-            return lax.scan(step, (state, said), schedule)[0][0]
-
-        x = sweep(x, matrix, graph.globals["forward"])
-        return sweep(x, matrix.T, graph.globals["backward"])
+        run = functools.partial(sweep, self.virtual_includes_real, _Layers(mlps, cell))
+        return run(run(x, matrix, graph.globals["forward"]), matrix.T, graph.globals["backward"])
 
 
 class NodeMLP(nn.Module):

@@ -99,17 +99,18 @@ def _inner(eqn):
     return None
 
 
-def _shifted_products(eqn) -> int:
-    """The dilation if an equation is this package's `kernels.depthwise`, else 0."""
+def _own_kernel(eqn) -> str:
+    """The primitive if an equation is one of this package's `kernels`, else ''."""
     if eqn.primitive.name != "custom_vjp_call":
-        return 0
+        return ""
     source = eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info or ""
-    if not re.match(r"depthwise at .*ghn_jax.kernels\.py", source):
-        return 0
+    found = re.match(r"(conv|depthwise|max_pool) at .*ghn_jax.kernels\.py", source)
+    if not found or found[1] != "depthwise":
+        return found[1] if found else ""
     # It starts by padding with half the dilated kernel.
     inner = _inner(eqn).jaxpr
     padding = inner.eqns[0].outvars[0].aval.shape[1] - inner.invars[0].aval.shape[1]
-    return max(padding // max(inner.invars[1].aval.shape[0] - 1, 1), 1)
+    return "dil_conv" if padding >= inner.invars[1].aval.shape[0] else "sep_conv"
 
 
 class _Reader:
@@ -158,9 +159,9 @@ class _Reader:
         shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
         if name in _CONTROL:
             return self.control(name, operands, shapes, where)
-        dilation = _shifted_products(eqn)
-        if dilation:
-            return [self.depthwise(*operands, dilation, shapes[0], where)]
+        primitive = _own_kernel(eqn)
+        if primitive and all(isinstance(x, Parameter) for x in operands[1:]):
+            return [self.own_kernel(primitive, *operands, shape=shapes[0], where=where)]
         inner = _inner(eqn)
         if inner is not None and len(inner.jaxpr.invars) == len(operands):
             consts = [Constant() for _ in inner.consts]
@@ -320,13 +321,15 @@ class _Reader:
         row = self.weight(p, primitive, x.row, axes, where)
         return Activation(row, spatial_axes(numbers.out_spec, shape), fresh=True)
 
-    def depthwise(self, x: Value, p: Value, dilation: int, shape, where: str) -> Value:
-        """`kernels.depthwise`."""
+    def own_kernel(self, primitive: str, x: Value, p: Value = None, *, shape, where: str) -> Value:
+        """`kernels.conv`, `depthwise` or `max_pool`."""
         x = self.activation(x)
-        axes = {"o": [2], "i": [], "h": [0], "w": [1]}
-        primitive = "dil_conv" if dilation > 1 else "sep_conv"
+        if p is None:
+            row = self.flow.add(primitive, [x.row], shape=(1, 1, 3, 3))
+            return Activation(row, image_axes(shape))
+        axes = {"o": [len(p.axes) - 1], "i": [2] if primitive == "conv" else [], "h": [0], "w": [1]}
         row = self.weight(p, primitive, x.row, axes, where)
-        return Activation(row, resize(x.axes, shape), fresh=True)
+        return Activation(row, image_axes(shape), fresh=True)
 
     def product(self, params, a: Value, b: Value, shape, where: str) -> Value:
         """dot_general: a dense layer, attention, or with a constant."""

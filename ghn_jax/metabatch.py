@@ -140,7 +140,7 @@ def _pad_graph(graphs: Sequence[Graph], share: int, graph_nodes: int) -> jraph.G
     """A group's graphs as one, of sizes that nearly every group of this share has."""
     nodes = sum(map(len, graphs))
     edges = sum(len(g.edges) for g in graphs)
-    n_node, n_step = graph_nodes * next_power_of_two(share), next_power_of_two(graph_nodes) // 2
+    n_node, n_step = graph_nodes * next_power_of_two(share), next_power_of_two(graph_nodes)
     n_edge = next_power_of_two(max(edges, 128 * n_node))
     graph = pad_graphs(graphs, max(n_node, nodes + 1), n_edge)
     steps = len(graph.globals["forward"])

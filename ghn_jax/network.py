@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ghn_jax import kernels
 from ghn_jax.architecture import Architecture
-from ghn_jax.kernels import convolve, depthwise
 from ghn_jax.parameters import parameter_path
 from ghn_jax.wiring import IMAGE, Operation, wire
 
@@ -53,9 +53,10 @@ class Conv(nn.Module):
         shape = (*self.kernel, x.shape[-1] // groups, self.features)
         kernel = self.param("kernel", he_init, shape)
         if self.depthwise:
-            return depthwise(x, kernel[:, :, 0], self.strides[0], self.dilation)
-        pad = self.padding or tuple((k - 1) // 2 for k in self.kernel)
-        return convolve(x, kernel, self.strides, [(p, p) for p in pad])
+            return kernels.depthwise(x, kernel[:, :, 0], self.strides[0], self.dilation)
+        if self.padding is None:
+            return kernels.conv(x, kernel, self.strides)
+        return kernels.convolve(x, kernel, self.strides, [(p, p) for p in self.padding])
 
 
 class BatchNorm(nn.Module):
@@ -202,11 +203,6 @@ class PositionalEncoding(nn.Module):
         return x + self.param("embedding", nn.initializers.normal(1.0), x.shape[1:])
 
 
-def max_pool(x: jax.Array, stride: int) -> jax.Array:
-    """3x3 max-pooling, padded by one."""
-    return nn.max_pool(x, (3, 3), (stride, stride), ((1, 1), (1, 1)))
-
-
 def avg_pool(x: jax.Array, stride: int) -> jax.Array:
     """3x3 average pooling; padding does not count."""
     options = ((3, 3), (stride, stride), ((1, 1), (1, 1)))
@@ -223,7 +219,7 @@ class Cell(nn.Module):
         if op.kind in ("skip_connect", "subsample"):
             return x[:, :: op.stride, :: op.stride]
         if op.kind in ("max_pool_3x3", "avg_pool_3x3"):
-            return (max_pool if op.kind[0] == "m" else avg_pool)(x, op.stride)
+            return (kernels.max_pool if op.kind[0] == "m" else avg_pool)(x, op.stride)
         name = _module_name(op)
         if op.kind == "factorized_reduce":
             return FactorizedReduce(op.out_channels, self.norm, name=name)(x)
@@ -269,7 +265,7 @@ class Network(nn.Module):
     def _stem(self, op: Operation, x: jax.Array, norm: bool) -> jax.Array:
         c, k, stride = op.out_channels, op.kernel, op.stride
         if op.kind == "stem_pool":
-            return max_pool(x, 2)
+            return kernels.max_pool(x, 2)
         if op.kind == "stem_vit":
             padding = (1, 1) if k == 3 else (0, 0)
             x = Conv(c, (k, k), (stride, stride), padding=padding, name="stem0")(x)

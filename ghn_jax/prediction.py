@@ -32,7 +32,7 @@ from ghn_jax.report import (
     primitive_of,
     shape_note,
 )
-from ghn_jax.tracing import place_tensor, trace
+from ghn_jax.tracing import place_tensor, trace_once
 
 
 def predict(
@@ -75,7 +75,7 @@ def predict(
         in them), no
         parameter belongs to a primitive, or `strict` and some parameter is left.
     """
-    traced = trace(model, sample, ghn.virtual_edges, initial=initial, seed=seed, call=call)
+    traced = trace_once(model, sample, ghn.virtual_edges, initial=initial, seed=seed, call=call)
     graph, placements, reasons, notes = traced.reading
     placements, reasons, notes = dict(placements), dict(reasons), list(notes)
     if len(sample.shape) != 4:
