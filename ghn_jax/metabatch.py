@@ -105,16 +105,24 @@ def common_capacity(needed: Iterable[Capacity]) -> Capacity:
 
 
 def _cost(plan: Plan) -> float:
-    """A rough cost of running an architecture: multiplications and memory traffic, in no unit."""
+    """A rough cost of running an architecture, in no unit: what a core was seen to take."""
     cost = 0.0
     for step in plan.steps:
         if step.target is None:
             continue
         size, channels = plan.bucket.planes[step.kind.target]
-        taps = {"3": 9, "5": 25, "7": 49, "x1": 14}.get(step.kind.name.split("_")[-1][-2:], 1)
-        dense = step.kind.name.startswith(("conv", "stem"))
-        per_pixel = (taps * channels if dense else taps * 8 + channels) * len(step.sources)
-        cost += size * size * channels * (per_pixel + 100)
+        name, _, kernel = step.kind.name.partition("_")
+        if name == "attention":
+            per_number = 200 + 6 * channels + 2 * size**2 + 160 * size**2 / channels  # of 8 heads
+        elif name in ("depthwise", "dilated"):
+            per_number = 100 + int(kernel) ** 2 + channels
+        elif kernel in ("3", "5", "7", "7x1") and name == "conv":
+            per_number = 150 + 5 * channels
+        elif name == "stem":
+            per_number = 150
+        else:
+            per_number = channels * len(step.sources)
+        cost += size * size * channels * (per_number + 100)
     return cost
 
 

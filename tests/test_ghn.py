@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ghn_jax import gatedgnn
 from ghn_jax.architecture import VIT, Architecture
 from ghn_jax.ghn import GHN, ghn1, mlp_baseline
 from ghn_jax.graph import Graph, build_graph, pad_graphs
@@ -91,6 +92,47 @@ def test_every_node_hears_of_every_other():
         shapes[node] = (40, 40, 3, 3)
         other = ghn.embed(variables, dataclasses.replace(graph, param_shapes=shapes))
         assert (jnp.abs(other - states).max(1) > 0).all()
+
+
+def node_after_node(layers, x, graph, virtual_includes_real):
+    """Eqs. 3 and 4 as they are written."""
+    senders, receivers = np.asarray(graph.senders), np.asarray(graph.receivers)
+    distance = np.asarray(graph.edges["distance"])
+    mlps = [[layers[f"{n}_{i}"] for i in range(2)] for n in ("mlp", "mlp_virtual")]
+    cell = {name: layers[f"gru_{name}"] for name in ("input", "hidden")}
+    for sweep, heard, hears in (("forward", senders, receivers), ("backward", receivers, senders)):
+        for v in np.asarray(graph.globals[sweep]).ravel():
+            if v == len(x):
+                continue
+            message = jnp.zeros_like(x[v])
+            for edge in np.flatnonzero((hears == v) & (distance > 0)):
+                s, said = distance[edge], x[heard[edge]]
+                if s == 1:
+                    message += gatedgnn.mlp(mlps[0], said)
+                if s > 1 or virtual_includes_real:
+                    message += gatedgnn.mlp(mlps[1], said) / s
+            x = x.at[v].set(gatedgnn.gru(cell, message, x[v]))
+    return x
+
+
+@pytest.mark.parametrize("name", ["ghn2", "released"])
+def test_the_sweeps_and_their_gradient(name):
+    """Of parameters and of initial states; two graphs of which one is shorter, and padding."""
+    ghn = MODELS[name]
+    graphs = [chain((0, 1, 1), (1, 2, 1), (0, 2, 2)), ghn.graph(ARCHITECTURES[0])]
+    graph = pad_graphs(graphs)
+    layers = perturbed(ghn)["params"]["gnn"]
+    gnn = gatedgnn.GatedGNN(layers["mlp_0"]["kernel"].shape[0],
+                            virtual_includes_real=ghn.virtual_includes_real)  # fmt: skip
+    n = len(graph.nodes["primitive"])
+    x, g = np.random.default_rng(0).standard_normal((2, n, gnn.features), dtype=np.float32)
+    expected, vjp = jax.vjp(
+        lambda p, x: node_after_node(p, x, graph, ghn.virtual_includes_real), layers, x
+    )
+    actual, own = jax.vjp(lambda p, x: gnn.apply({"params": p}, x, graph), layers, x)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(own(g)), jax.tree.leaves(vjp(g)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_the_mlp_hears_of_nobody():

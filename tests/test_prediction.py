@@ -93,6 +93,42 @@ def test_zoo(name, ghn):
     assert all(p.norm is None for p in report.predicted)
 
 
+def test_the_same_model_is_traced_once(ghn):
+    """And one that equals it again: a class that it uses may be another by now."""
+    traced = 0
+
+    class Counting(nn.Module):
+        width: int = 8
+
+        @nn.compact
+        def __call__(self, x, train: bool = False):
+            nonlocal traced
+            traced += 1
+            return nn.Dense(10)(nn.Conv(self.width, (3, 3))(x).mean((1, 2)))
+
+    model = Counting()
+    first, _ = ghn_jax.predict(*ghn, model, IMAGES)
+    once = traced
+    again, _ = ghn_jax.predict(*ghn, model, IMAGES)
+    assert traced == once
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    larger = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    for how in (
+        lambda: ghn_jax.predict(*ghn, Counting(), IMAGES),
+        lambda: ghn_jax.predict(*ghn, model, larger),
+        lambda: ghn_jax.predict(*ghn, model, IMAGES, seed=1),
+        lambda: ghn_jax.predict(*ghn, model, IMAGES, train=True),
+        lambda: ghn_jax.predict(*ghn, model, IMAGES, initial=first),
+    ):
+        before = traced
+        how()
+        assert traced > before
+    ghn_jax.predict(*ghn, model, IMAGES)
+    other = jax.tree.map(lambda v: 2 * v, ghn[1])
+    different, _ = ghn_jax.predict(ghn[0], other, model, IMAGES)
+    assert np.any(different["params"]["Conv_0"]["kernel"] != first["params"]["Conv_0"]["kernel"])
+
+
 def test_running_averages_are_at_their_initial_values(small):
     statistics = small[0]["batch_stats"]["norm"]
     np.testing.assert_array_equal(statistics["mean"], np.zeros(96))
