@@ -95,23 +95,22 @@ def test_every_node_hears_of_every_other():
 
 
 def node_after_node(layers, x, graph, virtual_includes_real):
-    """Eqs. 3 and 4 as they are written."""
-    senders, receivers = np.asarray(graph.senders), np.asarray(graph.receivers)
-    distance = np.asarray(graph.edges["distance"])
+    """Eqs. 3 and 4 as they are written: one node, then the next."""
     mlps = [[layers[f"{n}_{i}"] for i in range(2)] for n in ("mlp", "mlp_virtual")]
     cell = {name: layers[f"gru_{name}"] for name in ("input", "hidden")}
-    for sweep, heard, hears in (("forward", senders, receivers), ("backward", receivers, senders)):
-        for v in np.asarray(graph.globals[sweep]).ravel():
-            if v == len(x):
-                continue
-            message = jnp.zeros_like(x[v])
-            for edge in np.flatnonzero((hears == v) & (distance > 0)):
-                s, said = distance[edge], x[heard[edge]]
-                if s == 1:
-                    message += gatedgnn.mlp(mlps[0], said)
-                if s > 1 or virtual_includes_real:
-                    message += gatedgnn.mlp(mlps[1], said) / s
-            x = x.at[v].set(gatedgnn.gru(cell, message, x[v]))
+    distance = np.zeros((len(x), len(x)))
+    distance[graph.receivers, graph.senders] = graph.edges["distance"]
+    for sweep, hears in (("forward", distance), ("backward", distance.T)):
+        real = jnp.asarray(hears == 1, jnp.float32)
+        virtual = jnp.asarray(np.where(hears > 1 - virtual_includes_real, 1 / (hears + 1e-9), 0))
+
+        def update(x, v, real=real, virtual=virtual):
+            said = [gatedgnn.mlp(p, x) for p in mlps]
+            message = real[v] @ said[0] + virtual[v] @ said[1]
+            return x.at[v].set(gatedgnn.gru(cell, message, x[v])), None
+
+        nodes = np.asarray(graph.globals[sweep]).ravel()
+        x, _ = jax.lax.scan(update, x, nodes[nodes < len(x)])
     return x
 
 
