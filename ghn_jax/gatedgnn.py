@@ -85,6 +85,7 @@ def _put(array: jax.Array, nodes: jax.Array, rows: jax.Array) -> jax.Array:
 
 def _walk(schedule: jax.Array, step: Callable, carry, *, reverse: bool = False):
     """`step(carry, nodes) -> carry` for every row of a schedule but the last that are empty."""
+    schedule = jnp.asarray(schedule)
     count = (schedule != len(jax.tree.leaves(carry)[0])).any(1).sum()
 
     def one(i, carry):

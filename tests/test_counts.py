@@ -23,10 +23,11 @@ def flops_of(jaxpr) -> int:
         elif primitive == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += 2 * math.prod(out) * math.prod(shapes[0][d] for d in contracted)
-        elif primitive.startswith("custom_vjp_call"):  # depthwise: k x k windows, each weighted
-            k, _, channels = shapes[1]
-            assert out[-1] == channels
-            total += 2 * math.prod(out) * k * k
+        elif primitive.startswith("custom_vjp_call"):  # this package's kernels, however they work
+            # Dense convolutions HWIO, depthwise ones HWC; pooling has none.
+            kernel = shapes[1] if len(shapes) > 1 else ()
+            assert not kernel or out[-1] == kernel[-1]
+            total += 2 * math.prod(out) * math.prod(kernel[:-1]) if kernel else 0
         else:
             for value in equation.params.values():
                 inner = getattr(value, "jaxpr", None)

@@ -124,7 +124,7 @@ def test_the_sweeps_and_their_gradient(name):
     gnn = gatedgnn.GatedGNN(layers["mlp_0"]["kernel"].shape[0],
                             virtual_includes_real=ghn.virtual_includes_real)  # fmt: skip
     n = len(graph.nodes["primitive"])
-    x, g = np.random.default_rng(0).standard_normal((2, n, gnn.features), dtype=np.float32)
+    x, g = jnp.asarray(np.random.default_rng(0).standard_normal((2, n, gnn.features), np.float32))
     expected, vjp = jax.vjp(
         lambda p, x: node_after_node(p, x, graph, ghn.virtual_includes_real), layers, x
     )
