@@ -36,8 +36,10 @@ def convolve(x, w, strides, padding, rhs_dilation=(1, 1)) -> jax.Array:
 
 
 def _has_frequencies(x, w, strides) -> bool:
-    """Whether `fourier` does this convolution, on a CPU."""
-    return jax.default_backend() == "cpu" and tuple(strides) == (1, 1) and max(w.shape[:2]) > 1
+    """Whether `fourier` does this convolution: on CPUs, in float32 as its matrices are."""
+    single = x.dtype == w.dtype == jnp.float32
+    dense = tuple(strides) == (1, 1) and max(w.shape[:2]) > 1
+    return jax.default_backend() == "cpu" and single and dense
 
 
 def _by_frequencies(x, w, strides) -> bool:

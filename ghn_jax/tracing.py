@@ -117,15 +117,7 @@ def _trace_linen_once(model: _Identity, sample, virtual_edges, seed, call, setti
     return _trace_linen(model.value, sample, virtual_edges, None, seed, dict(call))
 
 
-def trace_once(
-    model: nn.Module | nnx.Module,
-    sample,
-    virtual_edges: int,
-    *,
-    initial: Mapping | None = None,
-    seed: int = 0,
-    call: Mapping[str, Any],
-) -> TracedModel:
+def trace_once(model, sample, virtual_edges: int, *, initial, seed, call) -> TracedModel:
     """`trace`, or what it gave for the same Linen module before; not to be changed.
 
     Tracing takes most of the time of a prediction (ResNet-50: 0.3 s of 0.34). NNX modules may have

@@ -15,9 +15,9 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def reference(x, w):
+def reference(x, w, strides=(1, 1)):
     pads = [(k // 2,) * 2 for k in w.shape[:2]]
-    return lax.conv_general_dilated(x, w, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def assert_close(actual, expected):
@@ -84,12 +84,18 @@ def test_where_it_is_used(channels, features, size, kernel, strides, expected, m
     y, vjp = jax.vjp(lambda x, w: kernels.conv(x, w, strides), x, w)
     gradients = vjp(y)
     assert tuple(called.values()) == expected
-    pads = [(k // 2,) * 2 for k in kernel]
-    y, vjp = jax.vjp(
-        lambda x, w: lax.conv_general_dilated(
-            x, w, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        ), x, w,
-    )  # fmt: skip
+    y, vjp = jax.vjp(lambda x, w: reference(x, w, strides), x, w)
     for actual, wanted in zip(gradients, vjp(y), strict=True):
         scale = np.abs(wanted).max()
         np.testing.assert_allclose(actual / scale, wanted / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_other_types_stay_what_they_are(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(random(64, 8, 8, 64), dtype)
+        w = jnp.asarray(random(7, 7, 64, 64), dtype)
+        y, vjp = jax.vjp(lambda x, w: kernels.conv(x, w, (1, 1)), x, w)
+        assert {a.dtype for a in (y, *vjp(y))} == {jnp.dtype(dtype)}
+        if dtype == "float64":
+            np.testing.assert_allclose(y, reference(x, w), rtol=0, atol=1e-10)
