@@ -27,6 +27,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import PartitionSpec as P
 
 from ghn_jax.compilation import LOADED_EVENT
+from ghn_jax.memory import give_back_memory
 from ghn_jax.mesh import Row
 from ghn_jax.program_store import ProgramStore, is_known, program_name
 
@@ -121,10 +122,12 @@ class RowPrograms:
             start = time.perf_counter()
             with self._loading:
                 program = _load(data, row)
+                give_back_memory()
             jax.monitoring.record_event_duration_secs(LOADED_EVENT, time.perf_counter() - start)
             return program
         with self._compiling:
             program = _compile(row, function, static, arguments, name)
+            give_back_memory()
         self._compiled[key] = row, program
         if known and self._store.folder is not None:
             self._store.save(name, _dump(row, program))

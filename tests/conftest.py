@@ -9,6 +9,15 @@ import pytest
 # Before JAX starts: what is sharded runs on two devices, on any machine.
 jax.config.update("jax_num_cpu_devices", 2)
 
+# Nearly every program here is compiled to run once. In half the time with these settings; programs
+# with options of their own, the executor's, are compiled as in training.
+_SHORT_COMPILATION = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_SHORT_COMPILATION))
+
 
 @pytest.fixture(autouse=True)
 def no_programs_of_other_tests():

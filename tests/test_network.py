@@ -9,6 +9,7 @@ import pytest
 
 from ghn_jax.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
 from ghn_jax.counts import count_parameters
+from ghn_jax.evaluation import random_parameters
 from ghn_jax.graph import build_graph
 from ghn_jax.network import build_network
 from ghn_jax.wiring import DisconnectedError
@@ -99,9 +100,9 @@ def test_logits(name):
     arch = ARCHITECTURES[name]
     network = build_network(arch, image_size=16)
     images = np.random.default_rng(0).standard_normal((4, 16, 16, 3), dtype=np.float32)
-    variables = jax.jit(network.init)(jax.random.key(0), images)
-    loss = jax.jit(jax.grad(lambda v: jnp.square(network.apply(v, images)).sum()))
-    flat = jax.tree_util.tree_flatten_with_path(loss(variables))[0]
+    params = random_parameters(network, 16, seed=0)
+    loss = jax.jit(jax.grad(lambda p: jnp.square(network.apply({"params": p}, images)).sum()))
+    flat = jax.tree_util.tree_flatten_with_path(loss(params))[0]
     for path, gradient in flat:
         assert np.isfinite(gradient).all() and np.any(gradient), jax.tree_util.keystr(path)
 
