@@ -35,6 +35,16 @@ def executor_options() -> dict[str, str] | None:
     }
 
 
+def single_run_options() -> dict[str, str] | None:
+    """Options for a program that runs once, on CPUs: the least time to compile it.
+
+    The gradient of a network by its Flax module (7 cells, 32 channels, two cores): compiled in
+    16.8 s by default, 5.3 s with these, and run in 1.1 and 1.0 s.
+    """
+    options = executor_options()
+    return options and {**options, "xla_backend_optimization_level": "0"}
+
+
 def crowded() -> bool:
     """Whether compiled programs take up most of the memory mappings that a process may have.
 

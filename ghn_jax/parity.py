@@ -27,7 +27,7 @@ import tyro
 
 from ghn_jax.architecture import Architecture
 from ghn_jax.batch_statistics import apply_on_batch
-from ghn_jax.compilation import executor_options
+from ghn_jax.compilation import executor_options, single_run_options
 from ghn_jax.counts import count_parameters
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.executor.run import execute
@@ -213,7 +213,7 @@ def check_network(entry: Mapping, file: Mapping, ghn: GHN, variables, images) ->
     count = sum(x.size for x in candidate.tensors.values())
     errors["count"] = float(abs(count - entry.get("num_params", count)))
     if "logits" in file:
-        logits = jax.jit(candidate.logits, compiler_options=executor_options())(images)
+        logits = jax.jit(candidate.logits, compiler_options=single_run_options())(images)
         errors["logits"] = relative_error(logits, file["logits"])
     return errors
 
@@ -270,7 +270,7 @@ def _gradient_error(ghn: GHN, gradients: list, file: Mapping) -> float:
     return max(*errors, relative_error(optax.global_norm(mean), file["grad_norm"]))
 
 
-def check_gradient(file: Mapping, nets: list, ghn: GHN, variables, images, make_loss):
+def check_gradient(file: Mapping, nets: list, ghn: GHN, variables, images, make_loss, options):
     """Errors of one training step's logits and gradient.
 
     A gradient jumps where a ReLU's input changes sign or a max-pool's largest input changes place.
@@ -284,7 +284,7 @@ def check_gradient(file: Mapping, nets: list, ghn: GHN, variables, images, make_
     errors, losses, gradients, steps = [], [], [], []
     for i, net in enumerate(nets):
         loss = make_loss(ghn, Architecture.from_dict(net), images, labels)
-        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=executor_options())
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)
         (value, logits), gradient = step(variables)
         losses.append(float(value))
         errors.append(relative_error(logits, file["logits"][i]))
@@ -371,12 +371,16 @@ def check_folder(folder: Path) -> Iterator[Report]:
         yield _guarded(entry["file"], network)
     for path in sorted(folder.glob("gradient_*.npz")):
         nets = json.loads(path.with_name(path.stem + "_nets.json").read_text())
-        for way, make_loss in (("executor", _executor_loss), ("module", _module_loss)):
+        # The executor's programs as training compiles them.
+        for way, make_loss, options in (
+            ("executor", _executor_loss, executor_options()),
+            ("module", _module_loss, single_run_options()),
+        ):
 
-            def gradient(path=path, nets=nets, make_loss=make_loss):
+            def gradient(path=path, nets=nets, make_loss=make_loss, options=options):
                 with np.load(path) as file:
                     model = ghn(path.stem.removeprefix("gradient_"))
-                    return check_gradient(dict(file), nets, *model, images, make_loss)
+                    return check_gradient(dict(file), nets, *model, images, make_loss, options)
 
             yield _guarded(f"{path.name} ({way})", gradient)
     for path in files:

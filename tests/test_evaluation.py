@@ -113,7 +113,7 @@ def test_random_parameters_are_distributed_as_the_modules_own():
     for arch in (Architecture(DARTS, 4, C=16), Architecture(VIT, 3, C=32)):
         network = build_network(arch, 10, 16)
         ours = random_parameters(network, 16, seed=0)
-        theirs = network.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))["params"]
+        theirs = jax.jit(network.init)(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))["params"]
         for (path, a), b in zip(
             jax.tree_util.tree_flatten_with_path(ours)[0], jax.tree.leaves(theirs), strict=True
         ):

@@ -41,8 +41,6 @@ NO_DROPOUT = np.ones((BATCH, MAX_HIDDEN), np.float32)
 VECTOR = TileKind("vector")
 # Tiles smaller than most kernels, and not square: channels repeat, axes cannot be confused.
 SMALL = GHN(max_shape=(12, 16, 16, 16))
-# Modules are compiled for a single run.
-SHORTEST_COMPILATION = {**(executor_options() or {}), "xla_backend_optimization_level": "0"}
 
 
 # --- Architectures --------------------------------------------------------------------------------
@@ -267,7 +265,7 @@ def module_gradient(case: Case):
         logits, vjp = jax.vjp(lambda t: module_logits(case, t, True, images), tiles)
         return logits, vjp(cotangent)[0]
 
-    return jax.jit(gradient, compiler_options=SHORTEST_COMPILATION)
+    return jax.jit(gradient)
 
 
 def neighbours(images: np.ndarray):

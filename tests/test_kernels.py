@@ -13,11 +13,6 @@ from ghn_jax import kernels
 
 CHANNELS, FEATURES = 6, 5
 SIZES = (2, 7, 8)  # smaller than kernels, odd, even
-SHORT_COMPILATION = {
-    "xla_backend_optimization_level": "0",
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -39,7 +34,7 @@ def reference_conv(x, w, strides, dilation=1, groups=1):
 def assert_same(function, reference, *args):
     """Equal values and equal gradients with respect to every argument."""
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=SHORT_COMPILATION)
+    @functools.partial(jax.jit, static_argnums=0)
     def run(f, *args):
         y, vjp = jax.vjp(f, *args)
         return y, *vjp(random(*y.shape, seed=1))

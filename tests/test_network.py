@@ -175,7 +175,7 @@ def test_dropout_in_training_only():
     arch = Architecture(PLAIN, 3, C=8, fc_layers=2, fc_dim=64)
     network = build_network(arch, image_size=16)
     images = np.random.default_rng(0).standard_normal((4, 16, 16, 3), dtype=np.float32)
-    variables = jax.jit(network.init)(jax.random.key(0), images)
+    variables = {"params": random_parameters(network, 16, seed=0)}
     evaluate = jax.jit(network.apply)
     train = jax.jit(functools.partial(network.apply, train=True))
     first = train(variables, images, rngs={"dropout": jax.random.key(1)})
@@ -196,7 +196,7 @@ def test_dropout_in_training_only():
 def test_one_layer_has_no_dropout():
     network = build_network(Architecture(PLAIN, 3, C=8), image_size=16)
     images = np.random.default_rng(0).standard_normal((2, 16, 16, 3), dtype=np.float32)
-    variables = jax.jit(network.init)(jax.random.key(0), images)
+    variables = {"params": random_parameters(network, 16, seed=0)}
     trained = network.apply(variables, images, train=True)  # needs no random numbers
     np.testing.assert_array_equal(trained, network.apply(variables, images))
 

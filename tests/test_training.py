@@ -13,7 +13,7 @@ import train_ghn
 
 from ghn_jax.architecture import Architecture
 from ghn_jax.checkpoint import load_ghn
-from ghn_jax.compilation import CompilationCounter, executor_options
+from ghn_jax.compilation import CompilationCounter
 from ghn_jax.executor.bucket import Bucket
 from ghn_jax.executor.program import make_plan
 from ghn_jax.ghn import GHN
@@ -83,8 +83,7 @@ def test_an_update_is_the_gradient_of_the_mean_loss_of_the_modules(sgd, batch):
             losses.append(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean())
         return sum(losses) / 2
 
-    gradient = jax.jit(jax.value_and_grad(mean_loss), compiler_options=executor_options())
-    loss, grads = gradient(state.params)
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(state.params)
     before = jax.tree.map(np.asarray, state.params)
     # Each with arenas of its own size.
     networks = meta_batch(ARCHITECTURES[:2], capacity=None)
