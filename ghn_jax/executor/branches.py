@@ -29,6 +29,7 @@ from ghn_jax.parameters import (
 
 ONE = TileKind("kernel")
 VECTOR = TileKind("vector")
+Slot = tuple[TileKind, int]
 
 
 class Context(NamedTuple):
@@ -61,15 +62,15 @@ def _kernel(tile, out, in_, context, height=None, width=None, decoder="kernel"):
 
 
 def window(x: jax.Array, axis: int, offset: jax.Array, size: int) -> jax.Array:
-    """`size` entries of an endlessly repeated axis, from a traced offset."""
+    """`size` entries of an endlessly repeated axis, from a traced offset that is not negative."""
     have = x.shape[axis]
-    return lax.dynamic_slice_in_dim(tile_axis(x, axis, have + size, jnp), offset % have, size, axis)
+    start = lax.rem(offset.astype(jnp.uint32), jnp.uint32(have))
+    return lax.dynamic_slice_in_dim(tile_axis(x, axis, have + size, jnp), start, size, axis)
 
 
-def _norm_vectors(vector, context, channels=None):
+def _norm_vectors(vector, size):
     """Scale and bias of a norm layer from its (2, 64) tile."""
-    size = channels or context.channels
-    return tuple(window(row, 0, context.offset, size) for row in vector)
+    return tuple(tile_axis(row, 0, size, jnp) for row in vector)
 
 
 def _bias(vector, size):
@@ -78,7 +79,8 @@ def _bias(vector, size):
 
 def finish(z: jax.Array, vector: jax.Array, context: Context) -> jax.Array:
     """Batch norm (B, H, W, C) with a (2, 64) tile; the identity where `context.norm` is false."""
-    return kernels.batch_norm(z, *_norm_vectors(vector, context), context.norm, context.axis)
+    scale, bias = _norm_vectors(vector, context.channels)
+    return kernels.batch_norm(z, scale, bias, context.norm, context.axis)
 
 
 def _conv(k: int):
@@ -139,11 +141,11 @@ def _attention(x, tiles, vectors, context):
     qkv = _kernel(tiles[0], 3 * c, c, context)
     out, first, second = (_kernel(tile, c, c, context) for tile in tiles[1:])
     x = x.reshape(b, h * w, c)
-    y = _layer_norm(x, *_norm_vectors(vectors[0], context)) @ qkv
+    y = _layer_norm(x, *_norm_vectors(vectors[0], c)) @ qkv
     q, k, v = y.reshape(b, h * w, 3, HEADS, c // HEADS).transpose(2, 0, 3, 1, 4)
     y = kernels.attend(q, k, v).transpose(0, 2, 1, 3).reshape(b, h * w, c)
     x = y @ out + _bias(vectors[1], c) + x
-    y = _layer_norm(x, *_norm_vectors(vectors[2], context))
+    y = _layer_norm(x, *_norm_vectors(vectors[2], c))
     y = nn.gelu(y @ first + _bias(vectors[3], c), approximate=False)
     return (y @ second + _bias(vectors[4], c) + x).reshape(b, h, w, c)
 
@@ -165,7 +167,7 @@ def _stem_double(k: int):
         first = _kernel(tiles[0], c // 2, 3, context, k, k)
         second = _kernel(tiles[1], c, c // 2, context, 3, 3)
         x = kernels.conv(images, first, (each,) * 2)
-        scale, bias = _norm_vectors(vectors[0], context, c // 2)
+        scale, bias = _norm_vectors(vectors[0], c // 2)
         x = kernels.batch_norm(x, scale, bias, context.norm, context.axis)
         return kernels.conv(nn.relu(x), second, (each,) * 2)
 
@@ -252,6 +254,11 @@ class Branch:
     part: Callable[..., Any] | None = None
     bins: Callable[..., Any] | None = None
 
+    @property
+    def slots(self) -> list[Slot]:
+        """Each of its kernel tiles' kind, and which of that kind it is."""
+        return [(tile, self.tiles[:j].count(tile)) for j, tile in enumerate(self.tiles)]
+
 
 def _square(k: int) -> TileKind:
     return TileKind("kernel", k, k)
@@ -294,6 +301,16 @@ def branch_of(kind: Kind, bucket: Bucket) -> Branch:
         tiles = (_square(patch), TileKind("position", size, size))
         return Branch(tiles, apply=_stem_vit(size))
     return _BRANCHES[kind.name]
+
+
+def kernel_slots(bucket: Bucket) -> list[Slot]:
+    """The slots of all instructions of a bucket, sorted."""
+    return sorted({slot for kind in bucket.kinds for slot in branch_of(kind, bucket).slots})
+
+
+def vector_slots(bucket: Bucket) -> int:
+    """The most vector tiles that an instruction of a bucket reads itself."""
+    return max(branch_of(kind, bucket).vectors for kind in bucket.kinds)
 
 
 def stride_of(kind: Kind, bucket: Bucket) -> int:

@@ -10,14 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ghn_jax.executor.branches import branch_of
+from ghn_jax.executor.branches import branch_of, kernel_slots, vector_slots
 from ghn_jax.executor.bucket import UNITS, Bucket, Capacity, Kind
 from ghn_jax.graph import Graph, next_power_of_two
 from ghn_jax.nodes import head_nodes, operation_nodes
 from ghn_jax.parameters import TileKind, tile_kind
 from ghn_jax.wiring import Operation, Wiring
-
-KERNELS, VECTORS = 4, 5  # tiles that one instruction can read
 
 
 class Instructions(NamedTuple):
@@ -34,7 +32,8 @@ class Instructions(NamedTuple):
       gradient: (n,) place of the target's cotangent.
       source_gradients: (n, P) places of the sources' cotangents.
       source_accumulate: (n, P) whether they are added to.
-      kernels: (n, 4), vectors: (n, 5) rows of the tile arrays.
+      kernels: (n, K) rows of the tiles' arrays, a column for each of `kernel_slots`; -1 for none.
+      vectors: (n, V) the same of vector tiles, as many as `vector_slots`.
       norm: (n,) whether batch norm follows.
       norm_vector: (n,) row of its vector tile.
       keep: (n,) whether what comes before batch norm is kept for the backward loop.
@@ -85,7 +84,7 @@ class TileRows(NamedTuple):
     counts: dict[TileKind, np.ndarray]
 
 
-def _empty(capacity: Capacity) -> Instructions:
+def _empty(bucket: Bucket, capacity: Capacity) -> Instructions:
     n, p = capacity.instructions, capacity.parts
     integers, flags = np.int32, np.bool_
     return Instructions(
@@ -99,8 +98,8 @@ def _empty(capacity: Capacity) -> Instructions:
         gradient=np.zeros(n, integers),
         source_gradients=np.zeros((n, p), integers),
         source_accumulate=np.zeros((n, p), flags),
-        kernels=np.zeros((n, KERNELS), integers),
-        vectors=np.zeros((n, VECTORS), integers),
+        kernels=np.full((n, len(kernel_slots(bucket))), -1, integers),
+        vectors=np.full((n, vector_slots(bucket)), -1, integers),
         norm=np.zeros(n, flags),
         norm_vector=np.zeros(n, integers),
         keep=np.zeros(n, flags),
@@ -331,7 +330,8 @@ def compile_instructions(
             "capacity"
         )
     index = {kind: i for i, kind in enumerate(bucket.kinds)}
-    table = _empty(capacity)
+    columns = {slot: i for i, slot in enumerate(kernel_slots(bucket))}
+    table = _empty(bucket, capacity)
     table.count[...] = len(steps)
     written: set[int] = set()
     for i, step in enumerate(steps):
@@ -348,8 +348,9 @@ def compile_instructions(
             table.gradient[i] = places.gradient[step.target]
             table.accumulate[i] = step.target in written
             written.add(step.target)
-        table.kernels[i, : len(step.kernels)] = [rows[name] for name in step.kernels]
         branch = branch_of(step.kind, bucket)
+        for slot, name in zip(branch.slots, step.kernels, strict=True):
+            table.kernels[i, columns[slot]] = rows[name]
         vectors = [rows[name] for name in step.vectors] or [spare] * (branch.vectors + 1)
         table.norm[i] = branch.norm and wiring.norm
         table.keep[i] = i in places.kept
@@ -392,9 +393,7 @@ def kinds_of(bucket: Bucket) -> list[TileKind]:
     """The kinds of tiles that a bucket's instructions read, sorted."""
     kinds = {TileKind("vector"), TileKind("kernel"), TileKind("classifier")}
     kinds |= {TileKind("classifier_bias")}
-    for kind in bucket.kinds:
-        kinds.update(branch_of(kind, bucket).tiles)
-    return sorted(kinds)
+    return sorted(kinds.union(tile for tile, _ in kernel_slots(bucket)))
 
 
 def tile_rows(

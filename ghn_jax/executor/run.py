@@ -28,7 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ghn_jax.executor.branches import VECTOR, Context, branch_of, finish, stride_of
+from ghn_jax.executor.branches import (
+    VECTOR,
+    Branch,
+    Context,
+    Slot,
+    branch_of,
+    finish,
+    kernel_slots,
+    stride_of,
+    vector_slots,
+)
 from ghn_jax.executor.bucket import MAX_HIDDEN, UNIT, Bucket, Capacity, Kind
 from ghn_jax.executor.program import Instructions
 from ghn_jax.parameters import TileKind, tile_axis
@@ -40,14 +50,15 @@ KERNEL = TileKind("kernel")
 
 def _read(array: jax.Array, index: jax.Array) -> jax.Array:
     """One row of an array."""
-    return lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
+    # No index is negative; to make sure of it would be four operations more at every use.
+    return lax.dynamic_index_in_dim(array, index, 0, keepdims=False, allow_negative_indices=False)
 
 
 def _write(array: jax.Array, index: jax.Array, value: jax.Array, add=None) -> jax.Array:
     """Sets one row of an array; adds to it where `add` is given and true."""
     if add is not None:
         value = jnp.where(add, _read(array, index) + value, value)
-    return lax.dynamic_update_index_in_dim(array, value, index, 0)
+    return lax.dynamic_update_index_in_dim(array, value, index, 0, allow_negative_indices=False)
 
 
 def _replace(arrays: tuple, index: int, value) -> tuple:
@@ -71,7 +82,8 @@ def _row(table: Instructions, i) -> Instructions:
         if array.ndim == 1:
             return _read(array, i)
         return tuple(
-            lax.dynamic_slice(array, (i, jnp.int32(j)), (1, 1))[0, 0] for j in range(array.shape[1])
+            lax.dynamic_slice(array, (i, jnp.int32(j)), (1, 1), allow_negative_indices=False)[0, 0]
+            for j in range(array.shape[1])
         )
 
     fixed = ("count", "head", "hidden", "head_scales")
@@ -92,9 +104,22 @@ def _context(kind: Kind, bucket: Bucket, row: Instructions, normalise: bool, axi
     )
 
 
-def _slots(tiles: Sequence[TileKind]) -> list[tuple[TileKind, int]]:
-    """Each tile's kind, and which of that kind it is."""
-    return [(tile, tiles[:j].count(tile)) for j, tile in enumerate(tiles)]
+class _InstructionTiles(NamedTuple):
+    """The tiles that one instruction reads, or their cotangents: memory that all kinds share.
+
+    Attributes:
+      kernels: those of every slot.
+      vectors: those that it reads itself.
+      norm: its batch norm's, from the instruction's first output channel on.
+    """
+
+    kernels: dict[Slot, jax.Array]
+    vectors: tuple[jax.Array, ...]
+    norm: jax.Array
+
+    def of(self, branch: Branch) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """The kernels and the vectors that a branch takes."""
+        return tuple(map(self.kernels.get, branch.slots)), self.vectors[: branch.vectors]
 
 
 class _Handed(NamedTuple):
@@ -103,15 +128,12 @@ class _Handed(NamedTuple):
     Attributes:
       results: of each plane, what comes before batch norm, then its cotangent.
       sources: of each plane, the cotangent of a state read.
-      kernels, vectors: cotangents of the tiles that an instruction reads.
-      norm: that of its batch norm's vector tile.
+      tiles: cotangents of the tiles that an instruction reads.
     """
 
     results: tuple[jax.Array, ...]
     sources: tuple[jax.Array, ...]
-    kernels: dict[TileKind, tuple[jax.Array, ...]]
-    vectors: tuple[jax.Array, ...]
-    norm: jax.Array
+    tiles: _InstructionTiles
 
 
 class _Program:
@@ -127,19 +149,7 @@ class _Program:
             self.groups.setdefault(kind.target, []).append(k)
         self.group_of_kind = jnp.asarray([kind.target for kind in bucket.kinds], jnp.int32)
         self.source_of_kind = jnp.asarray([kind.source for kind in bucket.kinds], jnp.int32)
-        branches = [branch_of(kind, bucket) for kind in bucket.kinds]
-        # Tiles by their kind, and among those of one instruction: in which column of its row of
-        # `Instructions.kernels` each kind of instruction names them, -1 if it has none.
-        columns: dict[tuple[TileKind, int], np.ndarray] = {}
-        for k, branch in enumerate(branches):
-            for column, slot in enumerate(_slots(branch.tiles)):
-                columns.setdefault(slot, np.full(len(branches), -1, np.int32))[k] = column
-        self.kernel_slots: dict[TileKind, list[jax.Array]] = {}
-        for tile, slot in sorted(columns):
-            self.kernel_slots.setdefault(tile, []).append(jnp.asarray(columns[tile, slot]))
-        # Of vector tiles, whether each kind of instruction has as many.
-        vectors = np.array([branch.vectors for branch in branches])
-        self.vector_slots = [jnp.asarray(vectors > j) for j in range(vectors.max())]
+        self.kernel_slots, self.vector_slots = kernel_slots(bucket), vector_slots(bucket)
 
     def _shape(self, plane: int) -> tuple[int, ...]:
         size, channels = self.bucket.planes[plane]
@@ -182,28 +192,49 @@ class _Program:
 
         def body(state):
             i, carry = state
-            return i + 1, run_one(_row(self.table, count - 1 - i if reverse else i), carry)
+            row = _row(self.table, count - 1 - i if reverse else i)
+            # In a loop of its own, which always runs: what crosses a loop's boundary is computed
+            # once. XLA would read each number of the row anew in every fusion that it is used in.
+            return i + 1, _when(row.kind >= 0, functools.partial(run_one, row), carry)
 
         return lax.while_loop(lambda s: s[0] < count, body, (jnp.zeros_like(count), carry))[1]
 
-    def _kernels(self, kind: Kind, row: Instructions):
-        tiles = branch_of(kind, self.bucket).tiles
-        return tuple(_read(self.tiles[t], row.kernels[j]) for j, t in enumerate(tiles))
+    def start_tiles(self) -> _InstructionTiles:
+        """Memory for the tiles of an instruction."""
 
-    def _vectors(self, kind: Kind, row: Instructions):
-        count = branch_of(kind, self.bucket).vectors
-        return tuple(_read(self.tiles[VECTOR], row.vectors[j]) for j in range(count))
+        def zeros(kind):
+            return jnp.zeros(self.tiles[kind].shape[1:], jnp.float32)
 
-    def convolve(self, kind: Kind, row: Instructions, values) -> jax.Array:
+        kernels = {slot: zeros(slot[0]) for slot in self.kernel_slots}
+        return _InstructionTiles(kernels, (zeros(VECTOR),) * self.vector_slots, zeros(VECTOR))
+
+    def read_tiles(self, row: Instructions, old: _InstructionTiles) -> _InstructionTiles:
+        """The tiles that an instruction reads; any others in slots where it has none.
+
+        Read here, in one place for all kinds, and not where they are used: XLA would read a row of
+        the tiles' array anew in every fusion that has to do with a tile.
+        """
+        kernels = {
+            slot: _when(place >= 0, lambda _, slot=slot, place=place: self._tile(slot[0], place), x)
+            for (slot, x), place in zip(old.kernels.items(), row.kernels, strict=True)
+        }
+        vectors = tuple(self._tile(VECTOR, place) for place in row.vectors)
+        norm = jnp.roll(self._tile(VECTOR, row.norm_vector), -row.channel, axis=1)
+        return _InstructionTiles(kernels, vectors, norm)
+
+    def _tile(self, kind: TileKind, place: jax.Array) -> jax.Array:
+        return _read(self.tiles[kind], place)
+
+    def convolve(self, kind: Kind, row: Instructions, values, tiles) -> jax.Array:
         """What an instruction computes, up to batch norm."""
         branch = branch_of(kind, self.bucket)
         context = _context(kind, self.bucket, row, self.normalise, self.axis)
-        kernels = self._kernels(kind, row)
+        kernels, vectors = tiles.of(branch)
         if branch.part is None:
             source = (
                 self.images if kind.source < 0 else self.read(values, kind.source, row.sources[0])
             )
-            return branch.apply(source, kernels, self._vectors(kind, row), context)
+            return branch.apply(source, kernels, vectors, context)
         sources, offsets = jnp.stack(row.sources), jnp.stack(row.offsets)
 
         def add(j, z):
@@ -223,13 +254,15 @@ class _Program:
 
     def forward_instruction(self, row: Instructions, carry):
         """Runs one instruction forward."""
+        carry, tiles = carry
+        tiles = self.read_tiles(row, tiles)
         group = _read(self.group_of_kind, row.kind)
         for plane, kinds in self.groups.items():
-            run = functools.partial(self._forward_group, plane, kinds, row)
+            run = functools.partial(self._forward_group, plane, kinds, row, tiles)
             carry = _when(group == plane, run, carry)
-        return carry
+        return carry, tiles
 
-    def _forward_group(self, plane: int, kinds: Sequence[int], row: Instructions, carry):
+    def _forward_group(self, plane: int, kinds: Sequence[int], row: Instructions, tiles, carry):
         """Runs one forward instruction that writes to this plane."""
         if plane < 0:
             return self._forward_bins(kinds, row, carry)
@@ -237,8 +270,10 @@ class _Program:
         z = scratch[plane]
         for k in kinds:
             kind = self.bucket.kinds[k]
-            z = _when(row.kind == k, lambda _, kind=kind: self.convolve(kind, row, values), z)
-        y = self._finish(plane, row, z, _read(self.tiles[VECTOR], row.norm_vector))
+            z = _when(
+                row.kind == k, lambda _, kind=kind: self.convolve(kind, row, values, tiles), z
+            )
+        y = self._finish(plane, row, z, tiles.norm)
         values = self.write(values, plane, row.target, y, row.accumulate)
         if self._keeps(kinds):
             values = _when(row.keep, lambda v: self.write(v, plane, row.kept, z), values)
@@ -261,13 +296,7 @@ class _Program:
 
     def start_backward(self) -> _Handed:
         """Memory for what backward instructions hand over."""
-
-        def zeros(kind):
-            return jnp.zeros(self.tiles[kind].shape[1:], jnp.float32)
-
-        kernels = {kind: (zeros(kind),) * len(slots) for kind, slots in self.kernel_slots.items()}
-        vectors = (zeros(VECTOR),) * len(self.vector_slots)
-        return _Handed(self.scratch(), self.scratch(), kernels, vectors, zeros(VECTOR))
+        return _Handed(self.scratch(), self.scratch(), self.start_tiles())
 
     def backward_instruction(self, values, dfeatures, row: Instructions, carry):
         """Takes one instruction's gradient: cotangents of its sources and of its tiles.
@@ -275,15 +304,18 @@ class _Program:
         Every kind hands them over, and they are written in one place for all kinds: XLA keeps, for
         each loop that an array goes through, a list of all that may have written it.
         """
-        gradients, dtiles, handed = carry
+        gradients, dtiles, handed, tiles = carry
+        tiles = self.read_tiles(row, tiles)
         group = _read(self.group_of_kind, row.kind)
         source_plane = _read(self.source_of_kind, row.kind)
         for plane, kinds in self.groups.items():
             if plane >= 0:
-                run = functools.partial(self._through_norm, plane, kinds, row, values, gradients)
-                z, dvector = _when(group == plane, run, (handed.results[plane], handed.norm))
+                run = functools.partial(
+                    self._through_norm, plane, kinds, row, values, gradients, tiles
+                )
+                z, dvector = _when(group == plane, run, (handed.results[plane], handed.tiles.norm))
                 results = _replace(handed.results, plane, z)
-                handed = handed._replace(results=results, norm=dvector)
+                handed = handed._replace(results=results, tiles=handed.tiles._replace(norm=dvector))
         fields = (row.sources, row.offsets, row.source_gradients, row.source_accumulate)
         columns = [jnp.stack(field) for field in fields]
 
@@ -297,7 +329,7 @@ class _Program:
                     for k in kinds:
                         kind = self.bucket.kinds[k]
                         run = functools.partial(
-                            self._backward, kind, row, j, values, source, offset, g
+                            self._backward, kind, row, j, values, source, offset, g, tiles
                         )
                         handed = _when(row.kind == k, run, handed)
                     return handed
@@ -309,9 +341,9 @@ class _Program:
             return gradients, handed
 
         gradients, handed = lax.fori_loop(0, row.parts, one_part, (gradients, handed))
-        return gradients, self._save_tiles(row, dtiles, handed), handed
+        return gradients, self._save_tiles(row, dtiles, handed.tiles), handed, tiles
 
-    def _through_norm(self, plane: int, kinds, row: Instructions, values, gradients, handed):
+    def _through_norm(self, plane: int, kinds, row: Instructions, values, gradients, tiles, handed):
         """From the cotangent of a state of this plane to that before batch norm, and its tile's."""
         z, _ = handed
         for k in kinds:
@@ -319,19 +351,18 @@ class _Program:
             branch = branch_of(kind, self.bucket)
             if branch.norm and not branch.keep:
                 again = (row.kind == k) & row.norm
-                z = _when(again, lambda _, kind=kind: self.convolve(kind, row, values), z)
+                z = _when(again, lambda _, kind=kind: self.convolve(kind, row, values, tiles), z)
         if self._keeps(kinds):
             z = _when(row.keep, lambda _: self.read(values, plane, row.kept), z)
         g = self.read(gradients, plane, row.gradient)
-        vector = _read(self.tiles[VECTOR], row.norm_vector)
-        _, vjp = jax.vjp(lambda z, v: self._finish(plane, row, z, v), z, vector)
+        _, vjp = jax.vjp(lambda z, v: self._finish(plane, row, z, v), z, tiles.norm)
         return vjp(g)
 
-    def _backward(self, kind, row, j, values, source, offset, g, handed: _Handed) -> _Handed:
+    def _backward(self, kind, row, j, values, source, offset, g, tiles, handed) -> _Handed:
         """The cotangents of an instruction's part j: its source's, and its tiles'."""
         branch = branch_of(kind, self.bucket)
         context = _context(kind, self.bucket, row, self.normalise, self.axis)
-        kernels, vectors = self._kernels(kind, row), self._vectors(kind, row)
+        kernels, vectors = tiles.of(branch)
 
         def compute(x, kernels, vectors):
             if branch.bins is not None:
@@ -345,17 +376,17 @@ class _Program:
         dx, dkernels, dvectors = vjp(g)
         if kind.source >= 0:
             handed = handed._replace(sources=_replace(handed.sources, kind.source, dx))
-        slots = {tile: list(old) for tile, old in handed.kernels.items()}
-        for (tile, slot), dkernel in zip(_slots(branch.tiles), dkernels, strict=True):
-            if branch.part is not None:  # its parts share the tile
-                dkernel = jnp.where(j > 0, slots[tile][slot] + dkernel, dkernel)
-            slots[tile][slot] = dkernel
-        return handed._replace(
-            kernels={tile: tuple(new) for tile, new in slots.items()},
-            vectors=(*dvectors, *handed.vectors[len(dvectors) :]),
+        new = dict(zip(branch.slots, dkernels, strict=True))
+        if branch.part is not None:  # its parts share the tile
+            old = handed.tiles.kernels
+            new = {slot: jnp.where(j > 0, old[slot] + x, x) for slot, x in new.items()}
+        dtiles = handed.tiles._replace(
+            kernels={**handed.tiles.kernels, **new},
+            vectors=(*dvectors, *handed.tiles.vectors[len(dvectors) :]),
         )
+        return handed._replace(tiles=dtiles)
 
-    def _save_tiles(self, row: Instructions, dtiles: Tiles, handed: _Handed) -> Tiles:
+    def _save_tiles(self, row: Instructions, dtiles: Tiles, handed: _InstructionTiles) -> Tiles:
         """Writes the cotangents of an instruction's tiles; only a stem's parts share any."""
 
         def save(tile, condition, place, value):
@@ -365,14 +396,11 @@ class _Program:
             dtiles[tile] = _when(condition, write, dtiles[tile])
 
         dtiles = dict(dtiles)
-        kernels = jnp.stack(row.kernels)
-        for tile, slots in self.kernel_slots.items():
-            for of_kind, dkernel in zip(slots, handed.kernels[tile], strict=True):
-                column = _read(of_kind, row.kind)
-                save(tile, column >= 0, _read(kernels, column), dkernel)
-        for j, (of_kind, dvector) in enumerate(zip(self.vector_slots, handed.vectors, strict=True)):
-            save(VECTOR, _read(of_kind, row.kind), row.vectors[j], dvector)
-        save(VECTOR, row.norm, row.norm_vector, handed.norm)
+        for ((tile, _), dkernel), place in zip(handed.kernels.items(), row.kernels, strict=True):
+            save(tile, place >= 0, place, dkernel)
+        for dvector, place in zip(handed.vectors, row.vectors, strict=True):
+            save(VECTOR, place >= 0, place, dvector)
+        save(VECTOR, row.norm, row.norm_vector, jnp.roll(handed.norm, row.channel, axis=1))
         return dtiles
 
 
@@ -425,8 +453,8 @@ def forward(bucket, normalise, tiles: Tiles, table: Instructions, images, values
     """
     program = _Program(bucket, normalise, tiles, table, images, axis)
     features = jnp.zeros((len(images), program.bins), jnp.float32)
-    carry = (values, features, program.scratch())
-    return program.walk(program.forward_instruction, carry, reverse=False)[:2]
+    carry = (values, features, program.scratch()), program.start_tiles()
+    return program.walk(program.forward_instruction, carry, reverse=False)[0][:2]
 
 
 def backward(
@@ -448,7 +476,7 @@ def backward(
       (gradients, dtiles): the arena of cotangents, and those of tiles.
     """
     program = _Program(bucket, normalise, tiles, table, images, axis)
-    carry = (arenas.gradients, dtiles, program.start_backward())
+    carry = arenas.gradients, dtiles, program.start_backward(), program.start_tiles()
     run_one = functools.partial(program.backward_instruction, arenas.values, dfeatures)
     return program.walk(run_one, carry, reverse=True)[:2]
 
