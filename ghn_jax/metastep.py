@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import gc
 from typing import Any, NamedTuple
 
 import jax
@@ -291,9 +292,9 @@ class MetaStep:
                 "multiple"
             )
         if self._programs.count > self._programs_seen and crowded():
-            # Rare: what is needed again comes back from the cache on disk.
-            self._programs.clear()
-            jax.clear_caches()
+            # What is needed again comes back from the cache on disk.
+            self._programs.forget_half()
+            gc.collect()
         self._programs_seen = self._programs.count
 
         rows = []

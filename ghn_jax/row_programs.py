@@ -65,7 +65,7 @@ class RowPrograms:
     """Calls functions on rows, from a thread for each row; holds their compiled programs."""
 
     def __init__(self):
-        self._programs: dict[Hashable, dict[int, jax.stages.Compiled]] = {}
+        self._programs: dict[Hashable, dict[int, jax.stages.Compiled]] = {}  # last used last
         self._compiled: dict[Hashable, tuple[Row, jax.stages.Compiled]] = {}
         self._locks: dict[Hashable, threading.Lock] = collections.defaultdict(threading.Lock)
         self._guard = threading.Lock()
@@ -76,13 +76,14 @@ class RowPrograms:
 
     @property
     def count(self) -> int:
-        """Programs compiled or loaded so far."""
+        """Programs that it holds."""
         return sum(map(len, self._programs.values()))
 
-    def clear(self) -> None:
-        """Forgets all programs; none may be running."""
-        self._programs.clear()
-        self._compiled.clear()
+    def forget_half(self) -> None:
+        """Forgets the half of the programs that were not used for longest; none may be running."""
+        for key in list(self._programs)[: (len(self._programs) + 1) // 2]:
+            del self._programs[key]
+            self._compiled.pop(key, None)
 
     def __call__(self, row: Row, function: RowFunction, static: tuple, *arguments):
         """The function's results on a row.
@@ -95,19 +96,19 @@ class RowPrograms:
         """
         leaves, tree = jax.tree.flatten(arguments)
         key = (function, static, tree, tuple(map(_shape, leaves)))
-        program = self._programs.get(key, {}).get(row.index)
-        if program is None:
-            program = self._make(key, row, arguments)
-        return program(*arguments)
+        with self._guard:
+            programs = self._programs.pop(key, {})
+            self._programs[key] = programs
+        if row.index not in programs:
+            self._make(programs, key, row, arguments)
+        return programs[row.index](*arguments)
 
-    def _make(self, key, row: Row, arguments):
+    def _make(self, programs, key, row: Row, arguments) -> None:
         with self._guard:
             lock = self._locks[key]
         with lock:  # another row may be compiling it
-            programs = self._programs.setdefault(key, {})
             if row.index not in programs:
                 programs[row.index] = self._load_or_compile(key, row, arguments)
-        return programs[row.index]
 
     def _load_or_compile(self, key, row: Row, arguments) -> jax.stages.Compiled:
         function, static, tree, shapes = key

@@ -55,6 +55,18 @@ def test_a_program_is_traced_once_for_all_processes_and_rows(folder):
     }
 
 
+def test_the_programs_not_used_for_longest_are_forgotten(folder):
+    programs, sizes = RowPrograms(), (8, 16, 24, 32)
+    results = {size: run(programs, size=size) for size in (*sizes, 8)}
+    counter = CompilationCounter()
+    programs.forget_half()
+    assert programs.count == 2
+    for size, loaded in ((8, 0), (32, 0), (24, 1)):
+        np.testing.assert_array_equal(run(programs, size=size), results[size])
+        assert counter.count == loaded
+    assert len(TRACED) == len(sizes)
+
+
 def test_other_programs_have_other_names(folder):
     for changes in ({}, {"factor": 0.25}, {"size": 16}):
         run(RowPrograms(), **changes)

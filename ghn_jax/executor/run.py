@@ -73,10 +73,7 @@ def _when(condition: jax.Array, function: Callable, carry):
 
 
 def _row(table: Instructions, i) -> Instructions:
-    """Instruction i, every field of it a scalar or a tuple of scalars.
-
-    Read once here: a loop reads a scalar from memory where every use of it is a kernel of its own.
-    """
+    """Instruction i, every field of it a scalar or a tuple of scalars."""
 
     def read(array):
         if array.ndim == 1:
@@ -119,7 +116,8 @@ class _InstructionTiles(NamedTuple):
 
     def of(self, branch: Branch) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         """The kernels and the vectors that a branch takes."""
-        return tuple(map(self.kernels.get, branch.slots)), self.vectors[: branch.vectors]
+        kernels = tuple(self.kernels[slot] for slot in branch.slots)
+        return kernels, self.vectors[: branch.vectors]
 
 
 class _Handed(NamedTuple):
