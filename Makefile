@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest
 
-# Eight simulated devices and two processes: ten minutes.
+# Eight simulated devices and two processes: four minutes.
 test-mesh: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 0 -m mesh tests/test_mesh.py
 
