@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import gc
 from typing import Any, NamedTuple
 
 import jax
@@ -294,7 +293,6 @@ class MetaStep:
         if self._programs.count > self._programs_seen and crowded():
             # What is needed again comes back from the cache on disk.
             self._programs.forget_half()
-            gc.collect()
         self._programs_seen = self._programs.count
 
         rows = []

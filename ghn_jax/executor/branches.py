@@ -9,6 +9,7 @@ are made of have hand-written gradients (`kernels.py`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -254,10 +255,10 @@ class Branch:
     part: Callable[..., Any] | None = None
     bins: Callable[..., Any] | None = None
 
-    @property
-    def slots(self) -> list[Slot]:
+    @functools.cached_property
+    def slots(self) -> tuple[Slot, ...]:
         """Each of its kernel tiles' kind, and which of that kind it is."""
-        return [(tile, self.tiles[:j].count(tile)) for j, tile in enumerate(self.tiles)]
+        return tuple((tile, self.tiles[:j].count(tile)) for j, tile in enumerate(self.tiles))
 
 
 def _square(k: int) -> TileKind:
@@ -303,11 +304,13 @@ def branch_of(kind: Kind, bucket: Bucket) -> Branch:
     return _BRANCHES[kind.name]
 
 
-def kernel_slots(bucket: Bucket) -> list[Slot]:
+@functools.cache  # every architecture's table has these columns
+def kernel_slots(bucket: Bucket) -> tuple[Slot, ...]:
     """The slots of all instructions of a bucket, sorted."""
-    return sorted({slot for kind in bucket.kinds for slot in branch_of(kind, bucket).slots})
+    return tuple(sorted({slot for kind in bucket.kinds for slot in branch_of(kind, bucket).slots}))
 
 
+@functools.cache
 def vector_slots(bucket: Bucket) -> int:
     """The most vector tiles that an instruction of a bucket reads itself."""
     return max(branch_of(kind, bucket).vectors for kind in bucket.kinds)

@@ -50,7 +50,8 @@ KERNEL = TileKind("kernel")
 
 def _read(array: jax.Array, index: jax.Array) -> jax.Array:
     """One row of an array."""
-    # No index is negative; to make sure of it would be four operations more at every use.
+    # As XLA does it, from the nearest row there is: -1, which stands for none, reads row 0. NumPy's
+    # meaning of negative indices would be four operations more at every use.
     return lax.dynamic_index_in_dim(array, index, 0, keepdims=False, allow_negative_indices=False)
 
 
