@@ -1,7 +1,7 @@
 """Architectures as plain data (paper § 3 and Appendix A.1).
 
 An `Architecture` holds what the official DeepNets-1M meta files hold for a network, under the
-same keys. Nothing here builds a network or a graph: `graph.py`, `network.py` and `executor/` read
+same keys. Nothing here builds a network or a graph: `graph.py`, `network.py` and `engine.py` read
 it.
 """
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from pathlib import Path
 
 import jax
 
+_log = logging.getLogger(__name__)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-LOADED_EVENT = "/ghn_jax/program_loaded"  # from the folder of `program_store`
 
 
 def keep_programs(folder: str | Path) -> None:
@@ -15,47 +17,57 @@ def keep_programs(folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Most of the engine's programs take less than a second, but there are hundreds.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def executor_options() -> dict[str, str] | None:
-    """Options for the executor's programs.
+@functools.cache
+def _is_known(option: str, value: str | bool) -> bool:
+    """Whether the installed XLA takes an option; says so in the log, once, if it does not.
 
-    On CPUs these compile them a third faster than the defaults do and run them in half the time:
-    of 64 32x32 images on two cores (32 channels, stride in the stem), compiled in 30 s, then 21;
-    four architectures in 3.6 s, then 1.9. The older loop emitter also makes a program of half as
-    many pieces, of which Linux lets a process have only so many (`crowded`).
+    Nothing lists the options that there are, so a program that does nothing is compiled with it.
     """
-    if jax.default_backend() != "cpu":
-        return None
-    return {
-        "xla_backend_optimization_level": "1",
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
+    try:
+        jax.jit(lambda: 0.0).lower().compile(compiler_options={option: value})
+    except jax.errors.JaxRuntimeError as error:
+        version = jax.__version__
+        _log.warning("programs are compiled without %s in JAX %s: %s", option, version, error)
+        return False
+    return True
 
 
-def single_run_options() -> dict[str, str] | None:
+def known_options(options: dict[str, str | bool]) -> dict[str, str | bool]:
+    """Those of some options for compiling that the installed XLA knows: they come and go."""
+    return {option: value for option, value in options.items() if _is_known(option, value)}
+
+
+def program_options(device: jax.Device) -> dict[str, str | bool]:
+    """Options for the engine's programs on a device.
+
+    On CPUs programs are compiled in half the time or less with these. The older loop emitter also
+    makes a program of half as many pieces, of which Linux lets a process have only so many
+    (`programs.Programs.make_room`); newer versions of XLA do not have it.
+    """
+    if device.platform != "cpu":
+        return {}
+    return known_options(
+        {
+            "xla_backend_optimization_level": "1",
+            "xla_llvm_disable_expensive_passes": True,
+            "xla_cpu_use_fusion_emitters": False,
+        }
+    )
+
+
+def single_run_options() -> dict[str, str | bool]:
     """Options for a program that runs once, on CPUs: the least time to compile it.
 
     The gradient of a network by its Flax module (7 cells, 32 channels, two cores): compiled in
     16.8 s by default, 5.3 s with these, and run in 1.1 and 1.0 s.
     """
-    options = executor_options()
+    options = program_options(jax.local_devices()[0])
     return options and {**options, "xla_backend_optimization_level": "0"}
-
-
-def crowded() -> bool:
-    """Whether compiled programs take up most of the memory mappings that a process may have.
-
-    XLA's CPU backend maps every piece of a program by itself, some thousand for one of the
-    executor's; beyond Linux's limit (vm.max_map_count, 65,530) the process dies without a word.
-    """
-    limit, maps = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
-    if jax.default_backend() != "cpu" or not limit.exists():
-        return False
-    with maps.open() as lines:
-        return sum(1 for _ in lines) > 0.9 * int(limit.read_text())
 
 
 class CompilationCounter:
@@ -71,6 +83,6 @@ class CompilationCounter:
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration: float, **_) -> None:
-        if event in (_COMPILE_EVENT, LOADED_EVENT):
+        if event == _COMPILE_EVENT:
             self.count += 1
             self.seconds += duration

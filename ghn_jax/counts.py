@@ -7,22 +7,19 @@ import itertools
 import math
 
 from ghn_jax.architecture import Architecture
-from ghn_jax.nodes import Node, expansion, operation_expansion
-from ghn_jax.wiring import Builder, Operation, Wiring, classifier_dims, wire
+from ghn_jax.operations import Piece, classifier_piece, operation_pieces, pieces
+from ghn_jax.wiring import Builder, classifier_dims, wire
 
 
-def _total(nodes: tuple[Node, ...]) -> int:
-    # A norm layer is one node, its weight; its bias has none.
-    return sum(
-        math.prod(node.shape) * (2 if node.primitive in ("bn", "ln") else 1)
-        for node in nodes
-        if node.name
-    )
+def _total(some: tuple[Piece, ...], norm: bool) -> int:
+    """Parameters of units, those of their batch norms counted with `norm`."""
+    parameters = (p for piece in some for _, p in piece.parameters(norm))
+    return sum(math.prod(shape) for p in parameters for shape in p.leaves.values())
 
 
 @functools.lru_cache(maxsize=8192)
 def _parameters(kind: str, c_in: int, c_out: int, norm: bool) -> int:
-    return _total(expansion(kind, c_in, c_out, 0, norm, 0))
+    return _total(pieces(kind, c_in, c_out), norm)
 
 
 def count_parameters(arch: Architecture, *, num_classes: int = 10, image_size: int = 32) -> int:
@@ -35,7 +32,7 @@ def count_parameters(arch: Architecture, *, num_classes: int = 10, image_size: i
     genotype, norm = arch.genotype, arch.norm is not None
     inputs = [(builder.part(f).channels * len(f)) for f in builder.stem()]
     size = builder.states[-1].size
-    total = sum(_total(operation_expansion(op, norm, builder.states)) for op in builder.operations)
+    total = sum(_total(operation_pieces(op, builder.states), norm) for op in builder.operations)
     channels = arch.C
     halve = arch.stem_type == 1 and not arch.has_attention
     cells: dict[tuple[bool, int], int] = {}  # parameters of a cell's edges
@@ -68,27 +65,6 @@ def count_parameters(arch: Architecture, *, num_classes: int = 10, image_size: i
     return total + sum((c_in + 1) * c_out for c_in, c_out in itertools.pairwise(dims))
 
 
-def _multiply_adds(op: Operation, wiring: Wiring) -> int:
-    before = next(wiring.states[s].size for s in op.inputs if s is not None)
-    after = wiring.states[op.output[0]].size
-    total = 0
-    for node in operation_expansion(op, wiring.norm, wiring.states):
-        if node.primitive == "msa":
-            total += 2 * after**4 * op.in_channels  # queries by keys, and weights by values
-        if node.primitive not in ("conv", "sep_conv", "dil_conv"):
-            continue
-        if op.kind == "cse":
-            positions = 1
-        elif node.shape[2:] == (1, 7):  # the first of two, strided along rows only
-            positions = before * after
-        elif node.name == "stem0.0.weight":  # with a stride of 4, each of two halves
-            positions = (-(-before // 2) if op.stride == 4 else before) ** 2
-        else:
-            positions = after**2
-        total += math.prod(node.shape) * positions
-    return total
-
-
 def count_flops(arch: Architecture, *, num_classes: int = 10, image_size: int = 32) -> int:
     """Floating-point operations of the network for one image.
 
@@ -101,5 +77,10 @@ def count_flops(arch: Architecture, *, num_classes: int = 10, image_size: int = 
       ValueError: num_classes or image_size is out of range.
     """
     wiring = wire(arch, num_classes=num_classes, image_size=image_size)
-    head = sum(c_in * c_out for c_in, c_out in itertools.pairwise(wiring.head.dims))
-    return 2 * (head + sum(_multiply_adds(op, wiring) for op in wiring.operations))
+    total = classifier_piece(wiring.head).unit.multiply_adds(0)
+    for op in wiring.operations:
+        size = next(wiring.states[s].size for s in op.inputs if s is not None)
+        for piece in operation_pieces(op, wiring.states):
+            total += piece.unit.multiply_adds(size)
+            size = piece.unit.size(size)
+    return 2 * total

@@ -1,7 +1,7 @@
 """Evaluates networks with predicted parameters (paper § 5.1, C.1).
 
-Batch norm uses the statistics of each batch of 64 images, as in the paper. A network is compiled
-once and runs over the whole test set: `docs/design.md` has the measurement behind that choice.
+Batch norm uses the statistics of each batch of 64 images, as in the paper. Networks of the design
+space are run by the engine, which compiles none of them; any other Linen module is compiled once.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ import numpy as np
 from ghn_jax import zoo
 from ghn_jax.architecture import DARTS, PDARTS, VIT, Architecture
 from ghn_jax.batch_statistics import apply_on_batch
+from ghn_jax.engine import Engine, weights_of
 from ghn_jax.evaluation_sets import RESNET50
 from ghn_jax.ghn import GHN
 from ghn_jax.images import Images, eval_batches
-from ghn_jax.network import build_network
+from ghn_jax.network import Network, build_network
+from ghn_jax.plan import make_plan
 from ghn_jax.prediction import predict
+from ghn_jax.wiring import wire
 
 
 class Accuracy(NamedTuple):
@@ -37,9 +40,9 @@ class Accuracy(NamedTuple):
     seconds: float
 
 
-def _count_correct(network: nn.Module, params, images, labels, counted) -> jax.Array:
+@jax.jit
+def _count_correct(logits, labels, counted) -> jax.Array:
     """(2,) how often the right class is the first, and among the first five."""
-    logits = apply_on_batch(network, {"params": params}, images)
     # The right class's rank; a class that ties with it counts as ahead of it.
     target = jnp.take_along_axis(logits, labels[:, None], axis=1)
     rank = (logits >= target).sum(1) - 1
@@ -67,29 +70,55 @@ def _full_batches(images: Images, size: int):
         yield batch, labels, counted
 
 
+def _logits(network: nn.Module, engine: Engine, images: int):
+    """(params, images) -> logits of a network, by the engine if it can run it."""
+    if not isinstance(network, Network):
+        return jax.jit(lambda params, x: apply_on_batch(network, {"params": params}, x))
+    plan = make_plan(
+        wire(network.arch, num_classes=network.num_classes, image_size=network.image_size)
+    )
+    ready = engine.prepare(plan, images, gradient=False)
+    return lambda params, x: engine.forward(ready, weights_of(plan, params), x)[0]
+
+
 def evaluate_network(
-    network: nn.Module, *candidates, images: Images, batch_size: int = 64
+    network: nn.Module,
+    *candidates,
+    images: Images,
+    batch_size: int = 64,
+    engine: Engine | None = None,
 ) -> list[Accuracy]:
     """Accuracies of a network on a set of images, batch norm on batch statistics.
 
     Args:
       network: from `build_network`, or another Linen module.
-      candidates: trees of parameters for it; it is compiled once for all.
+      candidates: trees of parameters for it.
       images: the images.
       batch_size: images in a batch; all are of this size.
+      engine: runs networks of the design space; the same for several finds most programs compiled.
     """
-    count = jax.jit(functools.partial(_count_correct, network))
+    engine = engine or Engine()
+    run = _logits(network, engine, min(batch_size, len(images)))
     # One batch leaves a part of two cores idle; on accelerators the next is queued in any case.
     at_once = 2 if jax.default_backend() == "cpu" else 1
+
+    def count(params, batch):
+        x, labels, counted = batch
+        return _count_correct(run(params, x), labels, counted)
+
     accuracies = []
     for params in candidates:
         start = time.perf_counter()
+        params = jax.device_put(params)
         batches = _full_batches(images, batch_size)
-        counts = [np.asarray(count(params, *next(batches)))]  # compiled before threads need it
+        counts = [count(params, next(batches))]  # compiled before threads need it
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
             while some := list(itertools.islice(batches, at_once)):
-                counts += pool.map(lambda batch, p=params: np.asarray(count(p, *batch)), some)
-        top1, top5 = (float(share) for share in sum(counts) / len(images))
+                counts += pool.map(functools.partial(count, params), some)
+                jax.block_until_ready(
+                    counts[-2 * at_once :][0]
+                )  # so that not all are queued at once
+        top1, top5 = (float(share) for share in np.sum(jax.device_get(counts), 0) / len(images))
         accuracies.append(Accuracy(top1, top5, len(images), time.perf_counter() - start))
     return accuracies
 
@@ -146,6 +175,7 @@ def evaluate_ghn(
     *,
     batch_size: int = 64,
     compare_random: bool = False,
+    engine: Engine | None = None,
     report: Callable[[dict], None] = lambda record: None,
 ) -> list[dict]:
     """Predicts the parameters of architectures and evaluates them, one after another.
@@ -156,13 +186,14 @@ def evaluate_ghn(
       images: the images to evaluate on.
       batch_size: images in a batch.
       compare_random: evaluate the same networks with random (He) parameters too.
+      engine: that runs them; a new one if not given.
       report: called with each record as soon as it is there.
 
     Returns:
       One record for each architecture: name, top1, top5 (fractions), images, parameters (number
       predicted), predict_seconds, evaluate_seconds, architecture (as data), and top1_random.
     """
-    records = []
+    engine, records = engine or Engine(), []
     for name, arch in architectures:
         start = time.perf_counter()
         network, params = predict_network(ghn, variables, arch, images.image_size)
@@ -172,7 +203,7 @@ def evaluate_ghn(
         if compare_random:
             candidates.append(random_parameters(network, images.image_size, seed=len(records)))
         accuracy, *random = evaluate_network(
-            network, *candidates, images=images, batch_size=batch_size
+            network, *candidates, images=images, batch_size=batch_size, engine=engine
         )
         record = {
             "name": name,

@@ -14,7 +14,7 @@ import jraph
 import numpy as np
 
 from ghn_jax.architecture import Architecture
-from ghn_jax.nodes import Node, head_nodes, operation_expansion
+from ghn_jax.operations import Node, classifier_piece, operation_pieces, piece_nodes
 from ghn_jax.wiring import IMAGE, Wiring, wire
 
 # The 15 primitives of Table 1; a primitive's id is its position (the authors' order).
@@ -82,11 +82,11 @@ class _GraphBuilder:
         self.rows: list[tuple[str, str, tuple[int, ...] | None, int, list[int]]] = []
         self.writers: dict[int, list[int]] = {}  # state -> positions of operations
         self.expansions = [
-            operation_expansion(op, wiring.norm, wiring.states) for op in wiring.operations
+            piece_nodes(operation_pieces(op, wiring.states), wiring.norm)
+            for op in wiring.operations
         ]
         for i, op in enumerate(wiring.operations):
-            for state in op.output:
-                self.writers.setdefault(state, []).append(i)
+            self.writers.setdefault(op.output, []).append(i)
         self.output_of: list[int] = []  # position of an operation -> its last node
         self.node_of: dict[int, int] = {}  # state -> node
         self.concat_of: dict[tuple, int] = {}  # feature -> node
@@ -166,7 +166,8 @@ class _GraphBuilder:
             self.output_of.append(last)
         head = wiring.head
         last_cell = wiring.arch.n_cells - 1
-        self.expand(head_nodes(head), "", last_cell, self.feature(head.feature))
+        nodes = piece_nodes((classifier_piece(head),), wiring.norm)
+        self.expand(nodes, "", last_cell, self.feature(head.feature))
         return self.rows
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -99,20 +98,6 @@ def _inner(eqn):
     return None
 
 
-def _own_kernel(eqn) -> str:
-    """The primitive if an equation is one of this package's `kernels`, else ''."""
-    if eqn.primitive.name != "custom_vjp_call":
-        return ""
-    source = eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info or ""
-    found = re.match(r"(conv|depthwise|max_pool) at .*ghn_jax.kernels\.py", source)
-    if not found or found[1] != "depthwise":
-        return found[1] if found else ""
-    # It starts by padding with half the dilated kernel.
-    inner = _inner(eqn).jaxpr
-    padding = inner.eqns[0].outvars[0].aval.shape[1] - inner.invars[0].aval.shape[1]
-    return "dil_conv" if padding >= inner.invars[1].aval.shape[0] else "sep_conv"
-
-
 class _Reader:
     """Interprets a jaxpr; see the module's docstring.
 
@@ -159,9 +144,6 @@ class _Reader:
         shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
         if name in _CONTROL:
             return self.control(name, operands, shapes, where)
-        primitive = _own_kernel(eqn)
-        if primitive and all(isinstance(x, Parameter) for x in operands[1:]):
-            return [self.own_kernel(primitive, *operands, shape=shapes[0], where=where)]
         inner = _inner(eqn)
         if inner is not None and len(inner.jaxpr.invars) == len(operands):
             consts = [Constant() for _ in inner.consts]
@@ -320,16 +302,6 @@ class _Reader:
             p = dataclasses.replace(p, changed="a convolution of more than 2 dimensions")
         row = self.weight(p, primitive, x.row, axes, where)
         return Activation(row, spatial_axes(numbers.out_spec, shape), fresh=True)
-
-    def own_kernel(self, primitive: str, x: Value, p: Value = None, *, shape, where: str) -> Value:
-        """`kernels.conv`, `depthwise` or `max_pool`."""
-        x = self.activation(x)
-        if p is None:
-            row = self.flow.add(primitive, [x.row], shape=(1, 1, 3, 3))
-            return Activation(row, image_axes(shape))
-        axes = {"o": [len(p.axes) - 1], "i": [2] if primitive == "conv" else [], "h": [0], "w": [1]}
-        row = self.weight(p, primitive, x.row, axes, where)
-        return Activation(row, image_axes(shape), fresh=True)
 
     def product(self, params, a: Value, b: Value, shape, where: str) -> Value:
         """dot_general: a dense layer, attention, or with a constant."""

@@ -1,48 +1,20 @@
 """The devices of a run: a mesh of rows, which share out architectures, and columns, images.
 
-Architectures differ in the program that runs them, so every row of the mesh runs programs of its
-own (MPMD); within a row one program runs on all its devices (SPMD), each with its part of the
-images. A row lies within one process, which runs it from a thread of its own.
+A row is a process: it runs architectures of its own, and its devices share the images of each. So a
+process never waits for another, but for one sum of gradients in an update (`metastep.py`). On a
+machine with several rows, `launch.py` starts their processes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 ARCH, DATA = "arch", "data"
-
-
-class Row(NamedTuple):
-    """One row of the mesh.
-
-    Attributes:
-      index: its place on the mesh's axis `arch`.
-      mesh: its devices, along the axis `data`.
-    """
-
-    index: int
-    mesh: Mesh
-
-    @property
-    def devices(self) -> list[jax.Device]:
-        """The row's devices."""
-        return list(self.mesh.devices.flat)
-
-    @property
-    def axis(self) -> str | None:
-        """The axis that images are divided along; None where there is one device."""
-        return DATA if self.mesh.size > 1 else None
-
-    def sharding(self, spec: P) -> NamedSharding:
-        """How an array lies on the row's devices."""
-        return NamedSharding(self.mesh, spec)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -63,54 +35,48 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(text: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (arch, data) of all devices of all processes.
-
-    Devices are put in the order of their processes, not in that of the network between them (as
-    `jax.make_mesh` would on TPUs): a row must lie within a process, and the only exchange between
-    rows, one all-reduce over the whole mesh, is the same in any order.
+def mesh_shape(text: str | None, devices: int) -> tuple[int, int]:
+    """Rows and columns of the mesh of a number of devices.
 
     Args:
       text: see `parse_mesh`; an axis left out gets the devices that are left. All of them are on
         `arch` if None.
+      devices: of all machines.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = parse_mesh(text) if text is not None else {DATA: 1}
+    product = math.prod(sizes.values())
+    if len(sizes) == 1 and devices % product == 0:
+        left = ({ARCH, DATA} - set(sizes)).pop()
+        sizes[left], product = devices // product, devices
+    if product != devices:
+        raise ValueError(
+            f"--mesh {text} is for {product} devices, but there are {devices}; give sizes whose "
+            "product is that, or only one of them"
+        )
+    return sizes[ARCH], sizes[DATA]
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (arch, data) of all devices of all processes: a row for each process.
+
+    Args:
       devices: all of JAX's if not given.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or a row would have devices
-        of several processes.
+      ValueError: processes have different numbers of devices.
     """
-    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
-    sizes = parse_mesh(text) if text is not None else {DATA: 1}
-    product = math.prod(sizes.values())
-    if len(sizes) == 1 and len(devices) % product == 0:
-        left = ({ARCH, DATA} - set(sizes)).pop()
-        sizes[left], product = len(devices) // product, len(devices)
-    if product != len(devices):
+    rows: dict[int, list[jax.Device]] = {}
+    for device in sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id)):
+        rows.setdefault(device.process_index, []).append(device)
+    counts = {len(row) for row in rows.values()}
+    if len(counts) > 1:
         raise ValueError(
-            f"--mesh {text} is for {product} devices, but there are {len(devices)}; give sizes "
-            "whose product is that, or only one of them"
+            f"processes have {sorted(counts)} devices; all rows of the mesh must have as many"
         )
-    rows = np.array(devices, dtype=object).reshape(sizes[ARCH], sizes[DATA])
-    for i, row in enumerate(rows):
-        processes = sorted({d.process_index for d in row})
-        if len(processes) > 1:
-            each = sum(d.process_index == processes[0] for d in devices)
-            raise ValueError(
-                f"row {i} of the mesh would have devices of the processes "
-                f"{', '.join(map(str, processes))}; the size of 'data' is {sizes[DATA]}, allowed: "
-                f"what divides a process's devices, {each}"
-            )
-    return Mesh(rows, (ARCH, DATA))
-
-
-def local_rows(mesh: Mesh) -> tuple[Row, ...]:
-    """The rows whose devices are this process's, in order."""
-    here = jax.process_index()
-    return tuple(
-        Row(i, Mesh(devices, (DATA,)))
-        for i, devices in enumerate(mesh.devices)
-        if devices[0].process_index == here
-    )
+    return Mesh(np.array([*rows.values()], dtype=object), (ARCH, DATA))
 
 
 def join_processes(
@@ -129,14 +95,10 @@ def join_processes(
     Raises:
       ValueError: what was given does not go together.
     """
-    if coordinator is None or coordinator == "auto":
-        if process_id is not None or num_processes is not None:
-            raise ValueError(
-                "--process-id and --num-processes are for runs started by hand; give "
-                "--coordinator HOST:PORT with them, or leave them out"
-            )
-        if coordinator is None:
-            return
+    check_processes(coordinator, process_id, num_processes)
+    if coordinator is None:
+        return
+    if coordinator == "auto":
         try:
             jax.distributed.initialize()
         except ValueError as error:
@@ -144,6 +106,22 @@ def join_processes(
                 f"--coordinator auto finds no Slurm, Open MPI, Kubernetes or Cloud TPU ({error}); "
                 "give --coordinator HOST:PORT, --process-id and --num-processes"
             ) from None
+        return
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, cluster_detection_method="deactivate"
+    )
+
+
+def check_processes(
+    coordinator: str | None, process_id: int | None, num_processes: int | None
+) -> None:
+    """Raises ValueError where the arguments of `join_processes` do not go together."""
+    if coordinator is None or coordinator == "auto":
+        if process_id is not None or num_processes is not None:
+            raise ValueError(
+                "--process-id and --num-processes are for runs started by hand; give "
+                "--coordinator HOST:PORT with them, or leave them out"
+            )
         return
     if process_id is None or num_processes is None:
         raise ValueError(
@@ -158,6 +136,3 @@ def join_processes(
             f"--process-id is {process_id} of --num-processes {num_processes}; allowed: 0 to "
             f"{num_processes - 1}"
         )
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id, cluster_detection_method="deactivate"
-    )

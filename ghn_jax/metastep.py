@@ -1,16 +1,12 @@
-"""One update of the hypernetwork on a meta-batch (paper Eq. 2, § 4.3), on a mesh of devices.
+"""One update of the hypernetwork on a meta-batch (paper Eq. 2, § 4.3).
 
-The architectures of a meta-batch are divided between groups, one or more for each row of the mesh.
-A group does everything for its own: it encodes their graphs, decodes their tiles, runs them one
-after another, each as data to its bucket's program, and takes the tiles' cotangents back through
-decoders and encoder. Groups run from threads of their own: rows run different programs at the same
-time, and XLA's loops of a length that is data keep the thread that started them busy on GPUs.
+The hypernetwork encodes the graphs of all architectures and decodes their tiles; the engine runs
+the networks one after another, forwards and backwards, each as steps that the host issues; the
+tiles' cotangents go back through decoders and encoder. `meta_loss.py` is the definition of all that
+in a page.
 
-Images are divided between the devices of a row. What they exchange is the statistics of batch norm,
-nothing else: cotangents of tiles, and what they become in decoders and encoder, are linear in the
-images' shares of the loss, so every device takes its images' share back to the parameters by
-itself. One all-reduce over the whole mesh then adds up one vector of each device: loss, accuracy
-and the gradient of all parameters.
+Where there are several processes, each runs architectures of its own on its own devices, which
+share the images. What crosses processes is one sum of one vector: loss, accuracy and gradient.
 """
 
 from __future__ import annotations
@@ -23,21 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ghn_jax.compilation import crowded, executor_options
-from ghn_jax.executor import run
-from ghn_jax.executor.bucket import MAX_HIDDEN, Bucket, Capacity
-from ghn_jax.executor.program import Instructions
-from ghn_jax.executor.run import Arenas, Tiles
-from ghn_jax.executor.tiles import decode_tiles
+from ghn_jax.decoding import TilePrograms, Tiles
+from ghn_jax.engine import Engine, Network
 from ghn_jax.ghn import GHN
-from ghn_jax.mesh import ARCH, DATA, Row, local_rows, make_mesh
-from ghn_jax.metabatch import Group, MetaBatch
-from ghn_jax.row_programs import RowFunction, RowPrograms
+from ghn_jax.mesh import ARCH, make_mesh
+from ghn_jax.meta_loss import cross_entropy
+from ghn_jax.metabatch import MetaBatch
+from ghn_jax.operations import Arrays
+from ghn_jax.programs import Program
 
 
 class TrainState(NamedTuple):
@@ -64,83 +57,29 @@ class Metrics(NamedTuple):
     applied: jax.Array
 
 
-def _loss(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(logits, targets).mean()
+class Update(NamedTuple):
+    """A meta-batch with the programs that it needs, from `MetaStep.prepare`."""
 
-
-def _dropout(key: jax.Array, images: int, axis: str | None) -> jax.Array:
-    """(images, MAX_HIDDEN) factors 0 or 2 for this device's images, of one draw for all images."""
-    here, parts = (0, 1) if axis is None else (lax.axis_index(axis), lax.axis_size(axis))
-    keep = jax.random.bernoulli(key, 0.5, (images * parts, MAX_HIDDEN))
-    return 2.0 * lax.dynamic_slice_in_dim(keep, here * images, images).astype(jnp.float32)
-
-
-def _run_one(
-    bucket: Bucket,
-    normalise: bool,
-    smoothing: float,
-    axis: str | None,
-    tiles: Tiles,
-    dtiles: Tiles,
-    arenas: Arenas,
-    totals: jax.Array,
-    table: Instructions,
-    images: jax.Array,
-    labels: jax.Array,
-    seed: jax.Array,
-    step: jax.Array,
-    member: jax.Array,
-    weight: jax.Array,
-):
-    """Runs one architecture on this device's images.
-
-    Adds its loss and accuracy, times `weight`, to the (2,) `totals`, and writes its cotangents of
-    tiles; the arenas are memory to work in. Random numbers depend on the update and on the
-    architecture's place in the meta-batch.
-    """
-    values, features = run.forward(bucket, normalise, tiles, table, images, arenas.values, axis)
-    arenas = arenas._replace(values=values)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), member)
-    dropout = _dropout(key, len(images), axis)
-
-    def head_loss(features, weights):
-        logits = run.head(weights, table, features, dropout)
-        return _loss(logits, labels, smoothing), logits
-
-    loss, vjp, logits = jax.vjp(head_loss, features, run.head_tiles(tiles, table), has_aux=True)
-    dfeatures, dhead = vjp(weight)
-    top1 = (logits.argmax(-1) == labels).mean()
-    gradients, dtiles = run.backward(
-        bucket, normalise, tiles, table, images, arenas, dfeatures, dtiles, axis
-    )
-    totals += weight * jnp.stack([loss, top1])
-    dtiles = run.save_head_tiles(dtiles, table, dhead)
-    return dtiles, arenas._replace(gradients=gradients), totals
-
-
-def _predict(ghn: GHN, params, graph, rows) -> Tiles:
-    """The tiles of a group's architectures."""
-    variables = {"params": params}
-    return decode_tiles(ghn, variables, ghn.apply(variables, graph), rows)
-
-
-def _predict_backward(ghn: GHN, params, graph, rows, dtiles, totals):
-    """The (2 + P,) vector that is added up over all devices: `totals`, then the gradient."""
-    _, vjp = jax.vjp(lambda p: _predict(ghn, p, graph, rows), params)
-    return jnp.concatenate([totals, ravel_pytree(*vjp(dtiles))[0]])
+    batch: MetaBatch
+    networks: tuple[Network, ...]
+    encode: Program
+    decode: tuple[Program, ...]
+    decode_backward: tuple[Program, ...]
+    encode_backward: Program
 
 
 class MetaStep:
-    """Updates a hypernetwork on meta-batches; holds its compiled programs and their workspace.
+    """Updates a hypernetwork on meta-batches.
 
     Args:
       ghn: the hypernetwork.
       optimizer: an optax transformation; see `train/` for the paper's.
-      mesh: the devices, from `mesh.make_mesh`; JAX's first device if not given. Every process calls
-        the step with the same arguments, but for the groups of its own rows.
+      mesh: all devices, from `mesh.make_mesh`; JAX's first device if not given. Every process calls
+        the step with the same arguments, but for its own architectures.
       smoothing: label smoothing.
       seed: of the dropout in networks with two fully connected layers.
+      workers: networks that run at once; more than one where a CPU is one device.
+      dtype: that networks compute in; see `engine.Engine`.
     """
 
     def __init__(
@@ -151,27 +90,27 @@ class MetaStep:
         mesh: Mesh | None = None,
         smoothing: float = 0.0,
         seed: int = 0,
+        workers: int = 1,
+        dtype=jnp.float32,
     ):
         self.ghn, self.optimizer, self.smoothing = ghn, optimizer, smoothing
         self.mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
-        self.rows = local_rows(self.mesh)
         self.replicated = NamedSharding(self.mesh, P())
-        self.seed = np.uint32(seed)
-        self._memory: dict[int, tuple[Tiles, Arenas]] = {}
-        self._programs, self._programs_seen = RowPrograms(), 0
-        same, part = P(), P(DATA)
-        self._predict = RowFunction(_predict, (same, same, same), same)
-        self._run = RowFunction(
-            _run_one,
-            (same, part, part, part, same, part, part, same, same, same, same),
-            (part, part, part),
-            donate=(1, 2),
-            options=executor_options(),
-        )
-        backward = (same, same, same, part, part)
-        self._predict_backward = RowFunction(_predict_backward, backward, part)
+        here = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
+        self.engine = Engine(here, dtype=dtype)
+        self.seed, self.workers = seed, workers
+        self.form = Tiles(ghn)
         self._init = jax.jit(self._make_state, out_shardings=self.replicated)
         self._apply = jax.jit(self._apply_gradient, donate_argnums=0, out_shardings=self.replicated)
+        shapes = jax.eval_shape(self._make_state, 0).params
+        self._tiles = TilePrograms(ghn, self.engine, shapes)
+        self._zeros = jax.jit(
+            lambda n: (
+                jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["decoder"]),
+                jnp.zeros((n, ghn.features)),
+            ),
+            static_argnums=0, out_shardings=self.engine.whole,
+        )  # fmt: skip
 
     def init(self, seed: int) -> TrainState:
         """The state before the first update, a pure function of the seed; on every device."""
@@ -181,12 +120,144 @@ class MetaStep:
         params = self.ghn.init_variables(seed)["params"]
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def _apply_gradient(self, state: TrainState, vectors: list[jax.Array]):
-        """Adds up (devices * (2 + P),) vectors, in which every device has its own, and updates."""
-        devices = self.mesh.size
-        total = sum(vectors).reshape(devices, -1).sum(0)
-        loss, top1 = total[:2]
-        grads = ravel_pytree(state.params)[1](total[2:])
+    def close(self) -> None:
+        """Compiles nothing more."""
+        self.engine.programs.close()
+
+    # --- Before an update -------------------------------------------------------------------------
+
+    def prepare(self, batch: MetaBatch, images: int) -> Update:
+        """Looks up the programs of a meta-batch; those that are new are compiled from here on.
+
+        Called some meta-batches ahead, updates do not wait for the compiler.
+
+        Args:
+          batch: the architectures of this process.
+          images: number of images that an update takes.
+
+        Raises:
+          ValueError: the images cannot be divided between the devices.
+        """
+        columns = self.engine.mesh.size
+        if images % columns:
+            raise ValueError(
+                f"{images} images cannot be divided between {columns} devices; allowed: a multiple"
+            )
+        n_node = len(batch.graph.nodes["primitive"])
+        encode = self._tiles.encode(batch.graph)
+        decode = tuple(self._tiles.decode(chunk, n_node) for chunk in batch.chunks)
+        networks = tuple(
+            self.engine.prepare(
+                plan, images, self.form, gradient=True, dropout=len(plan.wiring.head.dims) > 2
+            )
+            for plan in batch.plans
+        )
+        self._loss(images)
+        back = tuple(self._tiles.decode_backward(chunk, n_node) for chunk in batch.chunks)
+        return Update(
+            batch, networks, encode, decode, back, self._tiles.encode_backward(batch.graph)
+        )
+
+    def _loss(self, images: int) -> Program:
+        """(logits, labels, weight) -> (2,) loss and accuracy times weight, cotangent of logits."""
+        engine, smoothing, classes = self.engine, self.smoothing, self.ghn.num_classes
+
+        def loss(logits, labels, weight):
+            value, dlogits = jax.value_and_grad(
+                lambda x: cross_entropy(x, labels, smoothing) * weight
+            )(logits)
+            top1 = (logits.argmax(-1) == labels).mean() * weight
+            return jnp.stack([value, top1]), dlogits
+
+        single, integer = jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)
+        logits = ((images, classes), single, engine.split)
+        specs = logits, ((images,), integer, engine.split), ((), single, engine.whole)
+        return engine.program(("loss", smoothing), loss, specs, (engine.whole, engine.split))
+
+    # --- An update --------------------------------------------------------------------------------
+
+    def _local(self, tree):
+        """A replicated tree's copies on this process's devices, which are not copied again."""
+
+        def view(leaf):
+            copies = [shard.data for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape, self.engine.whole, copies)
+
+        return jax.tree.map(view, tree)
+
+    def _predict(self, update: Update, params) -> tuple[jax.Array, list[dict[str, Arrays]]]:
+        """Node states, and the tiles of each network."""
+        batch = update.batch
+        states = update.encode(params, batch.graph)
+        tiles: list[dict[str, Arrays]] = [{} for _ in batch.members]
+        for chunk, decode in zip(batch.chunks, update.decode, strict=True):
+            found = decode(params["decoder"], states, chunk.nodes)
+            for (member, name), tile in zip(chunk.owners, found, strict=False):
+                tiles[member][name] = (tile,)
+        return states, tiles
+
+    def _run(self, network: Network, tiles: dict[str, Arrays], images, labels, seed, weight):
+        """(2,) loss and accuracy of a network, and the cotangents of its tiles."""
+        engine, dropout = self.engine, len(network.plan.wiring.head.dims) > 2
+        logits, trace = engine.forward(
+            network, tiles, images, keep=True, seed=seed if dropout else None
+        )
+        totals, dlogits = self._loss(len(images))(logits, labels, weight)
+        return totals, engine.backward(network, tiles, trace, dlogits)
+
+    def gradient(
+        self, params, update: Update, images: jax.Array, labels: jax.Array, step
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """(2,) loss and accuracy of each network, and the (P,) gradient of their share of the mean.
+
+        Args:
+          params: of the hypernetwork, on the engine's devices.
+          update: from `prepare`.
+          images, labels: on the engine's devices.
+          step: () int32 number of the update, which dropout's random numbers follow from.
+        """
+        batch = update.batch
+        states, tiles = self._predict(update, params)
+        weight = np.float32(1 / len(batch.architectures))
+
+        def run(i):
+            seed = np.int32(self.seed), step, np.int32(batch.members[i])
+            own, tiles[i] = tiles[i], None
+            return self._run(update.networks[i], own, images, labels, seed, weight)
+
+        if self.workers > 1:
+            with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
+                # Long ones first, so that nobody waits for them at the end.
+                order = sorted(range(len(batch.members)), key=lambda i: -len(batch.plans[i].steps))
+                futures = {i: pool.submit(run, i) for i in order}
+                results = [futures[i].result() for i in range(len(order))]
+        else:
+            results = [run(i) for i in range(len(batch.members))]
+        sums = self._zeros(len(batch.graph.nodes["primitive"]))
+        for chunk, backward in zip(batch.chunks, update.decode_backward, strict=True):
+            dtiles = [results[member][1].pop(name)[0] for member, name in chunk.owners]
+            dtiles += dtiles[:1] * (len(chunk.nodes) - len(dtiles))
+            sums = backward(params["decoder"], states, chunk.nodes, tuple(dtiles), sums)
+        gradient = update.encode_backward(params, batch.graph, *sums)
+        return [totals for totals, _ in results], gradient
+
+    def logits(self, params, update: Update, images: jax.Array) -> list[jax.Array]:
+        """(B, classes) of each network, without dropout in those that have none."""
+        _, tiles = self._predict(update, params)
+        pairs = zip(update.networks, tiles, strict=True)
+        return [self.engine.forward(network, own, images)[0] for network, own in pairs]
+
+    def _global(self, array: jax.Array) -> jax.Array:
+        """(rows, ...) over the mesh, of what the devices of each row have."""
+        copies = [shard.data[None] for shard in array.addressable_shards]
+        shape = (self.mesh.shape[ARCH], *array.shape)
+        where = NamedSharding(self.mesh, P(ARCH))
+        return jax.make_array_from_single_device_arrays(shape, where, copies)
+
+    def _apply_gradient(self, state: TrainState, totals: jax.Array, gradient: jax.Array):
+        """Adds up (rows, 2) and (rows, P), and updates."""
+        loss, top1 = totals.sum(0)
+        grads = ravel_pytree(state.params)[1](gradient.sum(0))
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -199,113 +270,23 @@ class MetaStep:
         )
         return TrainState(params, opt_state, state.step + 1), Metrics(loss, top1, norm, finite)
 
-    def _on_row(self, row: Row, tree):
-        """A replicated tree's copies on a row's devices, which are not copied again."""
-
-        def view(leaf):
-            copies = {shard.device: shard.data for shard in leaf.addressable_shards}
-            return jax.make_array_from_single_device_arrays(
-                leaf.shape, row.sharding(P()), [copies[d] for d in row.devices]
-            )
-
-        return jax.tree.map(view, tree)
-
-    def _memory_for(self, index: int, row: Row, tiles: Tiles, capacity: Capacity, images: int):
-        """What a group writes to: cotangents of its tiles, and arenas for so many images.
-
-        It is what the group wrote to before, where that has the size that is needed. Nothing is
-        read there before it is written.
-        """
-
-        def needed(x):
-            return jax.ShapeDtypeStruct((row.mesh.size * x.shape[0], *x.shape[1:]), np.float32)
-
-        def zeros(x):  # copied there: a program that makes them would be one more to compile
-            return jax.device_put(np.zeros(x.shape, x.dtype), row.sharding(P(DATA)))
-
-        new = jax.tree.map(needed, (tiles, Arenas.shapes(capacity, images)))
-        old = self._memory.pop(index, (None, None))
-        return tuple(
-            o
-            if jax.tree.map(jnp.shape, o) == jax.tree.map(jnp.shape, n)
-            else jax.tree.map(zeros, n)
-            for o, n in zip(old, new, strict=True)
-        )
-
-    def _run_group(self, index: int, row: Row, group: Group, params, step, images, labels, count):
-        """The vector of a group's architectures, on each of its row's devices."""
-        call = functools.partial(self._programs, row)
-        ghn = (self.ghn,)
-        tiles = call(self._predict, ghn, params, group.graph, group.rows)
-        totals = np.zeros(2 * row.mesh.size, np.float32)
-        # Of the mean over all architectures and over all of the row's devices.
-        weight = np.float32(1 / (count * row.mesh.size))
-        static = (self.ghn.normalise, self.smoothing, row.axis)
-        size = len(images) // row.mesh.size
-        for member, program in zip(group.members, group.programs, strict=True):
-            dtiles, arenas = self._memory_for(index, row, tiles, program.capacity, size)
-            dtiles, arenas, totals = call(
-                self._run, (program.bucket, *static), tiles, dtiles, arenas, totals, program.table,
-                images, labels, self.seed, step, np.int32(member), weight,
-            )  # fmt: skip
-            self._memory[index] = dtiles, arenas
-        return call(self._predict_backward, ghn, params, group.graph, group.rows, dtiles, totals)
-
-    def _whole(self, vectors: list[jax.Array]) -> jax.Array:
-        """One array over the mesh of what its rows' devices have, row after row."""
-        parts = [shard.data for vector in vectors for shard in vector.addressable_shards]
-        return jax.make_array_from_single_device_arrays(
-            (self.mesh.size * len(parts[0]),), NamedSharding(self.mesh, P((ARCH, DATA))), parts
-        )
-
     def __call__(
-        self, state: TrainState, batch: MetaBatch, images: jax.Array, labels: jax.Array
+        self, state: TrainState, update: Update, images: jax.Array, labels: jax.Array
     ) -> tuple[TrainState, Metrics]:
         """One update.
 
         Args:
           state: donated.
-          batch: the architectures, in as many groups as this process has rows; or a multiple, where
-            a row is one device.
+          update: from `prepare`.
           images: (B, H, W, 3) float32 normalised images, all of them in every process.
           labels: (B,) int32 classes.
 
         Returns:
           The new state, and the update's metrics (arrays on all devices).
-
-        Raises:
-          ValueError: the groups or the images cannot be divided between the rows.
         """
-        workers, left = divmod(len(batch.groups), len(self.rows))
-        columns = self.mesh.shape[DATA]
-        # Groups that share several devices would wait for each other's exchanges for ever.
-        if left or not workers or (workers > 1 and columns > 1):
-            allowed = "as many" if columns > 1 else "a multiple"
-            raise ValueError(
-                f"the meta-batch has {len(batch.groups)} groups for {len(self.rows)} rows of "
-                f"{columns} devices; allowed: {allowed}"
-            )
-        if len(images) % columns:
-            raise ValueError(
-                f"{len(images)} images cannot be divided between {columns} devices; allowed: a "
-                "multiple"
-            )
-        if self._programs.count > self._programs_seen and crowded():
-            # What is needed again comes back from the cache on disk.
-            self._programs.forget_half()
-        self._programs_seen = self._programs.count
-
-        rows = []
-        for row in self.rows:
-            data = jax.device_put((images, labels), row.sharding(P(DATA)))
-            rows.append((row, self._on_row(row, state.params), self._on_row(row, state.step), data))
-        count = len(batch.architectures)
-
-        def run_group(index):
-            row, params, step, (images, labels) = rows[index // workers]
-            group = batch.groups[index]
-            return self._run_group(index, row, group, params, step, images, labels, count)
-
-        with concurrent.futures.ThreadPoolExecutor(len(batch.groups)) as pool:
-            vectors = list(pool.map(run_group, range(len(batch.groups))))
-        return self._apply(state, [self._whole(vectors[w::workers]) for w in range(workers)])
+        self.engine.programs.make_room()
+        images, labels = jax.device_put((images, labels), self.engine.split)
+        params, step = self._local((state.params, state.step))
+        totals, gradient = self.gradient(params, update, images, labels, step)
+        total = functools.reduce(jnp.add, totals)
+        return self._apply(state, self._global(total), self._global(gradient))

@@ -1,7 +1,7 @@
 """From decoded tiles to a network's parameters: which decoder, tiling, normalisation (§ 4.1, B.1).
 
 The functions take NumPy or JAX arrays: prediction assembles parameters on the host in NumPy, the
-training executor does the same inside a compiled program.
+engine does the same inside compiled programs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from ghn_jax.graph import PRIMITIVE_ID, Graph
+from ghn_jax.graph import PRIMITIVES, Graph
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -21,22 +21,29 @@ class TileKind:
     width: int = 1
 
 
-def tile_kind(graph: Graph, node: int) -> TileKind | None:
-    """The kind of tile that a node's parameter is made from, None for a node without one."""
-    shape = graph.param_shapes[node]
-    primitive = graph.primitives[node]
-    if shape is None or primitive in (PRIMITIVE_ID["max_pool"], PRIMITIVE_ID["avg_pool"]):
-        return None
-    for decoder, index in zip(("classifier", "classifier_bias"), graph.classifier, strict=False):
-        if node == index % len(graph):
-            return TileKind(decoder)
+def parameter_kind(primitive: str, shape: tuple[int, ...]) -> TileKind:
+    """The kind of tile that a parameter is made from, unless it is the classifier's."""
     if len(shape) == 1:
         return TileKind("vector")
     if len(shape) == 2:
         return TileKind("kernel")
-    if primitive == PRIMITIVE_ID["pos_enc"]:
+    if primitive == "pos_enc":
         return TileKind("position", *shape[2:])
     return TileKind("depthwise" if shape[1] == 1 else "kernel", *shape[2:])
+
+
+CLASSIFIER = TileKind("classifier"), TileKind("classifier_bias")  # weight and bias
+
+
+def tile_kind(graph: Graph, node: int) -> TileKind | None:
+    """The kind of tile that a node's parameter is made from, None for a node without one."""
+    shape, primitive = graph.param_shapes[node], PRIMITIVES[graph.primitives[node]]
+    if shape is None or primitive in ("max_pool", "avg_pool"):
+        return None
+    for kind, index in zip(CLASSIFIER, graph.classifier, strict=False):
+        if node == index % len(graph):
+            return kind
+    return parameter_kind(primitive, shape)
 
 
 def undecodable(shape: tuple[int, ...] | None, max_shape: tuple[int, int, int, int]) -> str | None:
@@ -93,7 +100,9 @@ def tile_axis(x, axis: int, size: int, xp):
     return x[tuple(index)]
 
 
-def weight_from_tile(tile, shape: tuple[int, ...], kind: TileKind, normalise: bool, xp):
+def weight_from_tile(
+    tile, shape: tuple[int, ...], kind: TileKind, normalise: bool, xp, repeat: bool = True
+):
     """Makes a weight in Flax's layout from a decoded tile.
 
     Args:
@@ -102,6 +111,8 @@ def weight_from_tile(tile, shape: tuple[int, ...], kind: TileKind, normalise: bo
       kind: the tile's kind.
       normalise: apply Table 2.
       xp: `numpy` or `jax.numpy`.
+      repeat: whether a weight with more inputs than the tile has repeats it (B.1); without, it has
+        as many rows as there are.
 
     Returns:
       (in, out) for linear layers, (height, width, in, out) for convolutions, where depthwise ones
@@ -114,7 +125,7 @@ def weight_from_tile(tile, shape: tuple[int, ...], kind: TileKind, normalise: bo
     if kind.decoder == "depthwise":
         w = w.reshape(kind.height, kind.width, 1, shape[0])
     else:
-        w = tile_axis(w, -2, shape[1], xp)
+        w = tile_axis(w, -2, shape[1] if repeat else min(shape[1], w.shape[-2]), xp)
         if len(shape) == 4:
             w = w.reshape(kind.height, kind.width, shape[1], shape[0])
         elif kind.decoder == "kernel":
@@ -154,30 +165,37 @@ def insert(tree: dict, path: tuple[str, ...], value) -> None:
     tree[path[-1]] = value
 
 
-def node_tensors(graph: Graph, node: int, tile, normalise: bool, xp) -> dict[str, object]:
-    """A node's tensors, made from its tile.
+def tile_tensors(
+    primitive: str, shape, kind: TileKind, tile, normalise: bool, xp, repeat: bool = True
+) -> dict[str, object]:
+    """A parameter's tensors, made from its tile.
 
     Args:
-      graph: the network's graph.
-      node: one that has a tile.
+      primitive, shape: of its node, the shape in PyTorch's order.
+      kind: of the tile.
       tile: as `decoder.Decoder` returns it.
       normalise: apply the normalisation of § 4.1.
       xp: `numpy` or `jax.numpy`.
+      repeat: see `weight_from_tile`.
 
     Returns:
       {'kernel': (in, out) or (height, width, in, out)}, {'embedding': (height, width, channels)},
       {'scale', 'bias': (channels,)} of norm layers, or {'bias': (channels,)}.
     """
-    shape, kind = graph.param_shapes[node], tile_kind(graph, node)
     if kind.decoder not in ("vector", "classifier_bias"):
         leaf = "embedding" if kind.decoder == "position" else "kernel"
-        return {leaf: weight_from_tile(tile, shape, kind, normalise, xp)}
+        return {leaf: weight_from_tile(tile, shape, kind, normalise, xp, repeat)}
     rows = tile if kind.decoder == "vector" else xp.stack([tile, tile])
     weight, bias = (tile_axis(row, 0, shape[0], xp) for row in rows)
     if normalise:
         weight, bias = squash_norm_weight(weight, xp), squash_bias(bias, xp)
-    is_norm = graph.primitives[node] in (PRIMITIVE_ID["bn"], PRIMITIVE_ID["ln"])
-    return {"scale": weight, "bias": bias} if is_norm else {"bias": bias}
+    return {"scale": weight, "bias": bias} if primitive in ("bn", "ln") else {"bias": bias}
+
+
+def node_tensors(graph: Graph, node: int, tile, normalise: bool, xp) -> dict[str, object]:
+    """The tensors of a node that has a tile; see `tile_tensors`."""
+    primitive, shape = PRIMITIVES[graph.primitives[node]], graph.param_shapes[node]
+    return tile_tensors(primitive, shape, tile_kind(graph, node), tile, normalise, xp)
 
 
 def named_tree(graph: Graph, tensors: dict[int, dict[str, object]]) -> dict:

@@ -24,17 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.flatten_util import ravel_pytree
 
 from ghn_jax.architecture import Architecture
 from ghn_jax.batch_statistics import apply_on_batch
-from ghn_jax.compilation import executor_options, single_run_options
+from ghn_jax.compilation import single_run_options
 from ghn_jax.counts import count_parameters
 from ghn_jax.deepnets1m import DeepNets1M
-from ghn_jax.executor.run import execute
-from ghn_jax.executor.tiles import decode_tiles
 from ghn_jax.ghn import GHN
 from ghn_jax.graph import PRIMITIVES, Graph, build_graph
+from ghn_jax.meta_loss import cross_entropy
 from ghn_jax.metabatch import make_meta_batch
+from ghn_jax.metastep import MetaStep
 from ghn_jax.network import build_network
 from ghn_jax.prediction import predict
 from ghn_jax.torch_ghn import load_torch_ghn, to_torch_tensors
@@ -221,33 +222,36 @@ def check_network(entry: Mapping, file: Mapping, ghn: GHN, variables, images) ->
 # --- Gradients ------------------------------------------------------------------------------------
 
 
-def _executor_loss(ghn: GHN, arch: Architecture, images, labels):
-    """The loss of a network as training computes it, a function of the variables."""
-    batch = make_meta_batch(ghn, [arch], image_size=images.shape[1])
-    (group,) = batch.groups
-    (program,) = group.programs
+def _engine_step(ghn: GHN, arch: Architecture, images, labels):
+    """From variables to loss, logits and gradient of a network as training computes them."""
+    step = MetaStep(ghn, optax.identity())
+    update = step.prepare(make_meta_batch(ghn, [arch], image_size=images.shape[1]), len(images))
 
-    def loss(variables):
-        states = ghn.apply(variables, batch.groups[0].graph)
-        tiles = decode_tiles(ghn, variables, states, group.rows)
-        logits = execute(
-            program.bucket, program.capacity, ghn.normalise, tiles, program.table, images
-        )
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+    def run(variables):
+        params = variables["params"]
+        logits = step.logits(params, update, images)[0]
+        (totals,), gradient = step.gradient(params, update, images, labels, np.int32(0))
+        return totals[0], logits, {"params": ravel_pytree(params)[1](gradient)}
 
-    return loss
+    return run
 
 
-def _module_loss(ghn: GHN, arch: Architecture, images, labels):
-    """The loss of a network by its Flax module."""
+def _definition_step(ghn: GHN, arch: Architecture, images, labels):
+    """The same by the network's Flax module."""
     graph, network = ghn.graph(arch), build_network(arch, ghn.num_classes, images.shape[1])
 
     def loss(variables):
         params = ghn.predict(variables, graph, ghn.num_classes)
         logits = network.apply({"params": params}, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+        return cross_entropy(logits, labels), logits
 
-    return loss
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=single_run_options())
+
+    def run(variables):
+        (value, logits), gradient = step(variables)
+        return value, logits, gradient
+
+    return run
 
 
 def _rounded_otherwise(variables, seed: int):
@@ -270,7 +274,7 @@ def _gradient_error(ghn: GHN, gradients: list, file: Mapping) -> float:
     return max(*errors, relative_error(optax.global_norm(mean), file["grad_norm"]))
 
 
-def check_gradient(file: Mapping, nets: list, ghn: GHN, variables, images, make_loss, options):
+def check_gradient(file: Mapping, nets: list, ghn: GHN, variables, images, make_step):
     """Errors of one training step's logits and gradient.
 
     A gradient jumps where a ReLU's input changes sign or a max-pool's largest input changes place.
@@ -283,9 +287,8 @@ def check_gradient(file: Mapping, nets: list, ghn: GHN, variables, images, make_
     labels = jnp.asarray(file["labels"])
     errors, losses, gradients, steps = [], [], [], []
     for i, net in enumerate(nets):
-        loss = make_loss(ghn, Architecture.from_dict(net), images, labels)
-        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)
-        (value, logits), gradient = step(variables)
+        step = make_step(ghn, Architecture.from_dict(net), images, labels)
+        value, logits, gradient = step(variables)
         losses.append(float(value))
         errors.append(relative_error(logits, file["logits"][i]))
         gradients.append(gradient)
@@ -295,7 +298,7 @@ def check_gradient(file: Mapping, nets: list, ghn: GHN, variables, images, make_
     for seed, i in itertools.product(range(ROUNDINGS), range(len(nets))):
         if worst <= TOLERANCES["gradient"]:
             break
-        _, gradient = steps[i](_rounded_otherwise(variables, seed))
+        _, _, gradient = steps[i](_rounded_otherwise(variables, seed))
         worst = min(
             worst, _gradient_error(ghn, [*gradients[:i], gradient, *gradients[i + 1 :]], file)
         )
@@ -371,16 +374,12 @@ def check_folder(folder: Path) -> Iterator[Report]:
         yield _guarded(entry["file"], network)
     for path in sorted(folder.glob("gradient_*.npz")):
         nets = json.loads(path.with_name(path.stem + "_nets.json").read_text())
-        # The executor's programs as training compiles them.
-        for way, make_loss, options in (
-            ("executor", _executor_loss, executor_options()),
-            ("module", _module_loss, single_run_options()),
-        ):
+        for way, make_step in (("engine", _engine_step), ("definition", _definition_step)):
 
-            def gradient(path=path, nets=nets, make_loss=make_loss, options=options):
+            def gradient(path=path, nets=nets, make_step=make_step):
                 with np.load(path) as file:
                     model = ghn(path.stem.removeprefix("gradient_"))
-                    return check_gradient(dict(file), nets, *model, images, make_loss, options)
+                    return check_gradient(dict(file), nets, *model, images, make_step)
 
             yield _guarded(f"{path.name} ({way})", gradient)
     for path in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import optax
 
@@ -49,6 +50,7 @@ class TrainConfig:
     process_id: int | None = None  # this process, from 0, with a coordinator given by hand
     num_processes: int | None = None  # how many there are
     cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs are kept here between runs
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of networks' activations
 
     def rules(self, image_size: int) -> Rules:
         """The generation rules of the training architectures."""

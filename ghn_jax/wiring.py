@@ -2,8 +2,8 @@
 
 `wire(arch)` follows the design space (paper Appendix A.1) once and lists the operations that lie on
 a path from the images to the logits, with their channels, strides and the tensors they read. The
-graph (`graph.py`), the Flax network (`network.py`), the executor's instructions
-(`executor/program.py`) and the counts of FLOPs all read this list.
+graph (`graph.py`), the Flax network (`network.py`), the engine's steps (`plan.py`) and the counts
+of FLOPs all read this list; what its operations are is in `operations.py`.
 
 Tensors are numbered *states*. A state with two operations writing to it is their sum. A *feature*
 is a tuple of states that stands for their concatenation along channels; `None` in it is an all-zero
@@ -36,8 +36,7 @@ class Operation(NamedTuple):
       cell: index of the cell that the graph counts it to.
       inputs: the feature it reads; more than one part only for 'preprocess' and
         'factorized_reduce', whose 1x1 convolutions mix the parts.
-      output: the states it writes (adds) to; several only for the stem, whose output may have
-        more channels than the cells.
+      output: the state it writes (adds) to.
       in_channels, out_channels: of the whole input feature and of the whole output.
       stride: 1 or 2 (4, 8 or 16 for stems of large images).
       kernel: size of the (first) kernel where `kind` leaves it open, else 0.
@@ -47,7 +46,7 @@ class Operation(NamedTuple):
     name: str
     cell: int
     inputs: Feature
-    output: tuple[State, ...]
+    output: State
     in_channels: int
     out_channels: int
     stride: int = 1
@@ -142,30 +141,29 @@ class Builder:
             stride, padding = (16, 0) if self.large else (3, 1)
             size = (image + 2 * padding - stride) // stride + 1
             out = self.state(arch.C, size)
-            self.add("stem_vit", "stem0", 0, (IMAGE,), (out,), arch.C, stride=stride, kernel=stride)
+            self.add("stem_vit", "stem0", 0, (IMAGE,), out, arch.C, stride=stride, kernel=stride)
             return (out,), (out,)
         if arch.stem_type == 0:
-            parts = 3 if arch.preproc and not self.large else 1
+            channels = arch.C * (3 if arch.preproc and not self.large else 1)
             stride = 4 if self.large else 1
             size = -(-image // stride)
-            out = tuple(self.state(arch.C, size) for _ in range(parts))
+            out = self.state(channels, size)
             self.add(
-                "stem_conv", "stem.0", 0, (IMAGE,), out, parts * arch.C, stride=stride,
-                kernel=arch.ks,
-            )  # fmt: skip
+                "stem_conv", "stem.0", 0, (IMAGE,), out, channels, stride=stride, kernel=arch.ks
+            )
             if arch.stem_pool:
-                pooled = tuple(self.state(arch.C, -(-size // 2)) for _ in range(parts))
-                self.add("stem_pool", "", 0, out, pooled, parts * arch.C, stride=2, kernel=3)
+                pooled = self.state(channels, -(-size // 2))
+                self.add("stem_pool", "", 0, (out,), pooled, channels, stride=2)
                 out = pooled
-            return out, out
+            return (out,), (out,)
         stride = 4 if self.large else 1
         size = -(-image // stride)
         first = self.state(arch.C, size)
         second = self.state(arch.C, -(-size // 2))
         self.add(
-            "stem_imagenet", "stem0", 0, (IMAGE,), (first,), arch.C, stride=stride, kernel=arch.ks
+            "stem_imagenet", "stem0", 0, (IMAGE,), first, arch.C, stride=stride, kernel=arch.ks
         )
-        self.add("stem_reduce", "stem1", 0, (first,), (second,), arch.C, stride=2, kernel=3)
+        self.add("stem_reduce", "stem1", 0, (first,), second, arch.C, stride=2)
         return (first,), (second,)
 
     def preprocess(
@@ -182,7 +180,7 @@ class Builder:
             kind, name = "subsample", ""
         else:
             kind = "factorized_reduce" if halve else "preprocess"
-        self.add(kind, name, cell, feature, (out,), channels, 2 if halve else 1)
+        self.add(kind, name, cell, feature, out, channels, 2 if halve else 1)
         return out
 
     def cell(
@@ -211,7 +209,7 @@ class Builder:
                 if kind == "skip_connect" and stride == 2:
                     kind = "factorized_reduce"
                 name = f"cells.{i}._ops.{j}"
-                self.add(kind, name, i, (states[source],), (out,), channels, stride)
+                self.add(kind, name, i, (states[source],), out, channels, stride)
             states.append(out)
         feature = tuple(states[s] for s in concat)
         self.outputs.append(feature if any(s is not None for s in feature) else None)
@@ -247,7 +245,7 @@ def _live(operations: list[Operation], output: Feature) -> list[Operation]:
     needed = {s for s in output if s is not None}
     live = []
     for op in reversed(operations):
-        if needed.intersection(op.output):
+        if op.output in needed:
             live.append(op)
             needed.update(s for s in op.inputs if s is not None)
     return live[::-1]

@@ -9,9 +9,10 @@ and architectures; `--resume` goes on exactly where the last checkpoint was. The
 long it takes.
 
 All devices share the work: `--mesh arch=4,data=2` divides the architectures of an update between
-four rows of two devices, which divide the images. On several hosts, run the same command on each,
-with `--coordinator auto` under Slurm or on GKE, otherwise with `--coordinator HOST:PORT
---process-id I --num-processes N`; `--out` must be a folder that all of them see.
+four processes, which are started here, and the images between the two devices of each. On several
+hosts, run the same command on each with `--coordinator HOST:PORT --process-id I --num-processes N`;
+or start a process for each row under Slurm or on GKE, with `--coordinator auto`. `--out` must be a
+folder that all of them see.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ from ghn_jax.checkpoint import Checkpoints
 from ghn_jax.compilation import CompilationCounter, keep_programs
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.images import Images, load_images, prefetch, steps_per_epoch, train_batches
+from ghn_jax.launch import rows_here, start_rows
 from ghn_jax.memory import keep_memory
-from ghn_jax.mesh import ARCH, DATA, join_processes, local_rows, make_mesh, parse_mesh
-from ghn_jax.metabatch import MetaBatch, Stream
-from ghn_jax.metastep import MetaStep
+from ghn_jax.mesh import ARCH, DATA, check_processes, join_processes, make_mesh
+from ghn_jax.metabatch import Stream
+from ghn_jax.metastep import MetaStep, Update
 from ghn_jax.presets import PRESETS, TrainConfig, preset
 from ghn_jax.sampling import sample_architecture, seeded
 
@@ -94,7 +96,7 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"--{field.replace('_', '-')} is {value}; allowed: 1 or more")
     if config.steps is not None and config.steps < 1:
         raise ValueError(f"--steps is {config.steps}; allowed: 1 or more")
-    shape = make_mesh(config.mesh).shape
+    shape = make_mesh().shape
     if config.batch_size % shape[DATA]:
         raise ValueError(
             f"--batch-size is {config.batch_size}; allowed: multiples of {shape[DATA]}, the "
@@ -138,13 +140,17 @@ def train(config: TrainConfig, images: Images) -> None:
     per_epoch = steps_per_epoch(images, config.batch_size)
     total = config.steps or config.epochs * per_epoch
     ghn = config.ghn(images.num_classes, images.image_size)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh()
+    # A CPU that is one device runs several networks at once.
+    shared = jax.default_backend() == "cpu" and mesh.shape[DATA] == 1
     step_fn = MetaStep(
         ghn,
         config.optimizer(per_epoch),
         mesh=mesh,
         smoothing=config.label_smoothing,
         seed=config.seed,
+        workers=config.workers if shared else 1,
+        dtype=config.dtype,
     )
     state, position = step_fn.init(config.seed), 0
     if config.resume:
@@ -154,17 +160,12 @@ def train(config: TrainConfig, images: Images) -> None:
     elif first:
         checkpoints.write_config(ghn, training=describe(config), image_size=images.image_size)
     done = int(state.step)
-    # A CPU that is one device is shared by several groups.
-    shared = jax.default_backend() == "cpu" and mesh.size == 1
-    workers = min(config.workers, config.meta_batch) if shared else 1
-    rows = [row.index for row in local_rows(mesh)]
     stream = Stream(
         ghn,
         source,
         size=config.meta_batch,
         image_size=images.image_size,
-        n_groups=mesh.shape[ARCH] * workers,
-        local=range(rows[0] * workers, (rows[-1] + 1) * workers),
+        share=(jax.process_index(), jax.process_count()),
         graph_nodes=config.graph_nodes,
         max_nodes=config.max_nodes,
     )
@@ -177,26 +178,29 @@ def train(config: TrainConfig, images: Images) -> None:
         training = (state.opt_state, state.step)
         checkpoints.save(int(state.step), position, params=state.params, training=training)
 
-    meta_batches: Iterator[MetaBatch] = prefetch(stream.batches(position), size=4)
+    # Architectures come some updates ahead: what they need that is new is compiled meanwhile.
+    updates: Iterator[Update] = prefetch(
+        (step_fn.prepare(batch, config.batch_size) for batch in stream.batches(position)), size=4
+    )
     image_batches = prefetch(
         train_batches(images, config.batch_size, seed=config.seed, start_step=done)
     )
-    seen = position
+    seen, last = position, time.perf_counter()
     with (
-        closing(meta_batches),
+        closing(step_fn),
+        closing(updates),
         closing(image_batches),
         metrics_path.open("a", buffering=1) as log,
         tqdm(
             total=total, initial=done, unit="update", dynamic_ncols=True, disable=not first
         ) as bar,
     ):
-        for step in range(done + 1, total + 1):
-            start = time.perf_counter()
-            batch, image_batch = next(meta_batches), next(image_batches)
-            waited = time.perf_counter() - start
-            state, metrics = step_fn(state, batch, *image_batch)
+
+        def report(step, metrics, batch, waited):
+            """Logs an update; waits for it to end."""
+            nonlocal seen, last
             metrics = jax.device_get(metrics)
-            seconds, position = time.perf_counter() - start, batch.position
+            seconds, last = time.perf_counter() - last, time.perf_counter()
             seen += len(batch.architectures)
             loss = float(metrics.loss)
             record = {
@@ -215,8 +219,20 @@ def train(config: TrainConfig, images: Images) -> None:
             if first and not metrics.applied:
                 bar.write(f"update {step} passed over: loss {loss}, not finite; its architectures "
                           "are left out")  # fmt: skip
-            if step % config.save_every == 0 or step == total:
-                save(state, position)
+
+        issued = []
+        for step in range(done + 1, total + 1):
+            start = time.perf_counter()
+            update, image_batch = next(updates), next(image_batches)
+            waited = time.perf_counter() - start
+            state, metrics = step_fn(state, update, *image_batch)
+            issued.append((step, metrics, update.batch, waited))
+            save_now = step % config.save_every == 0 or step == total
+            # Read an update late, so that the device has the next one in its queue.
+            while len(issued) > (not save_now):
+                report(*issued.pop(0))
+            if save_now:
+                save(state, update.batch.position)
     if first:
         bar.write(
             f"{total} updates; {counter.count} programs, {counter.seconds:.0f} s compiling them. "
@@ -227,9 +243,12 @@ def train(config: TrainConfig, images: Images) -> None:
 def main(arguments: list[str]) -> None:
     """Entry point."""
     config = parse(arguments)
-    if config.mesh is not None:
-        parse_mesh(config.mesh)  # before this process waits for others
-    join_processes(config.coordinator, config.process_id, config.num_processes)
+    launch = config.coordinator, config.process_id, config.num_processes
+    check_processes(*launch)
+    rows, columns = rows_here(config.mesh, config.coordinator, config.num_processes)
+    if rows > 1:
+        sys.exit(start_rows(arguments, rows, columns, *launch))
+    join_processes(*launch)
     check(config)
     keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
     keep_memory()

@@ -1,1 +1,0 @@
-"""The executor: any architecture of a bucket as data to one compiled program."""
