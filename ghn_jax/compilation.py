@@ -56,6 +56,8 @@ def program_options(device: jax.Device) -> dict[str, str | bool]:
             "xla_backend_optimization_level": "1",
             "xla_llvm_disable_expensive_passes": True,
             "xla_cpu_use_fusion_emitters": False,
+            # A program has few pieces: to compile them one by one costs more than it gains.
+            "xla_cpu_parallel_codegen_split_count": "1",
         }
     )
 

@@ -23,7 +23,7 @@ from ghn_jax.engine import Engine
 from ghn_jax.ghn import GHN
 from ghn_jax.graph import Graph
 from ghn_jax.operations import Arrays, Classifier, Unit
-from ghn_jax.parameters import CLASSIFIER, TileKind, parameter_kind, tile_kind, tile_tensors
+from ghn_jax.parameters import CLASSIFIER, TileKind, parameter_kind, squash, tile_kind, tile_tensors
 from ghn_jax.programs import Program
 
 # Kernel positions that are decoded at once: enough for the matrix products to be efficient.
@@ -82,7 +82,7 @@ def _tile_shape(ghn: GHN, kind: TileKind) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Parameters as a hypernetwork decodes them, one tile each; see `engine.Tensors`."""
+    """Parameters as `TilePrograms.decode` gives them, one tile each; see `engine.Tensors`."""
 
     ghn: GHN
 
@@ -154,7 +154,8 @@ class TilePrograms:
         """(n, ...) tiles."""
         ghn = self.ghn
         decoder = Decoder(ghn.features, ghn.max_shape, ghn.num_classes)
-        return decoder.apply({"params": params}, states[jnp.maximum(nodes, 0)], kind)
+        tiles = decoder.apply({"params": params}, states[jnp.maximum(nodes, 0)], kind)
+        return squash(tiles, kind, jnp) if ghn.normalise else tiles
 
     def _chunk_specs(self, chunk: Chunk, n_node: int):
         nodes = (chunk.nodes.shape, jnp.dtype(jnp.int32), self.engine.whole)

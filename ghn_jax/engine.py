@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from ghn_jax import cpu_kernels, kernels
 from ghn_jax.compilation import program_options
+from ghn_jax.kernels import concatenate
 from ghn_jax.operations import Arrays, Classifier, NormSum, Unit
 from ghn_jax.parameters import insert, parameter_path
 from ghn_jax.plan import IMAGES, Plan, Step
@@ -107,7 +108,7 @@ class Engine:
         self.whole, self.split = (NamedSharding(self.mesh, spec) for spec in (P(), P(DATA)))
         self.kernels = cpu_kernels if devices[0].platform == "cpu" else kernels
         self.dtype = jnp.dtype(dtype)
-        self.programs = programs or Programs()
+        self.programs = Programs() if programs is None else programs
 
     # --- Programs ---------------------------------------------------------------------------------
 
@@ -280,7 +281,14 @@ class Engine:
     # --- Walks ------------------------------------------------------------------------------------
 
     def forward(
-        self, network: Network, params: Weights, images: jax.Array, *, keep: bool = False, seed=None
+        self,
+        network: Network,
+        params: Weights,
+        images: jax.Array,
+        *,
+        keep: bool | frozenset[int] = False,
+        seed=None,
+        statistics: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Trace]:
         """Runs a network.
 
@@ -288,29 +296,50 @@ class Engine:
           network: from `prepare`.
           params: the arrays of each parameter.
           images: (B, H, W, 3), on the engine's devices.
-          keep: keep what `backward` reads.
+          keep: keep what `backward` reads; or the values to keep.
           seed: three int32 scalars that the dropout's random numbers follow from, if it has any.
+          statistics: name of a batch norm -> (2, C) mean and variance, for a plan with given ones.
 
         Returns:
           (B, classes) float32 logits, and the trace.
         """
         plan = network.plan
         values = {IMAGES: images}
-        statistics = {}
+        found = {}
         for i, (step, programs) in enumerate(zip(plan.steps, network.programs, strict=True)):
             weights = _flat(params, step.names)
             inputs = tuple([None if v is None else values[v] for v in step.inputs])
             if isinstance(step.unit, NormSum):
-                values[step.output], statistics[i] = programs.forward(weights, inputs)
+                if step.unit.running:
+                    weights += tuple([statistics[name] for name in step.names])
+                values[step.output], found[i] = programs.forward(weights, inputs)
             elif isinstance(step.unit, Classifier):
                 values[step.output] = programs.forward(weights, inputs, seed)
             else:
                 values[step.output] = programs.forward(weights, inputs)
-            if not keep:
+            if keep is not True:
                 for v in step.inputs:
-                    if v is not None and plan.last_reader[v] == i:
+                    if v is not None and plan.last_reader[v] == i and v not in (keep or ()):
                         values.pop(v, None)
-        return values.pop(plan.steps[-1].output), Trace(values, statistics, seed)
+        return values.pop(plan.steps[-1].output), Trace(values, found, seed)
+
+    def features(
+        self, network: Network, params: Weights, images: jax.Array, cells: Sequence[int], **options
+    ) -> list[jax.Array]:
+        """(B, H, W, C) outputs of some cells of a network, as detection takes them (§ 5.2).
+
+        Args:
+          network, params, images, options: see `forward`.
+          cells: from 0; negative numbers count from the last.
+        """
+        plan = network.plan
+        features = [plan.wiring.outputs[cell] for cell in cells]
+        values = [[None if s is None else plan.states[s] for s in f] for f in features]
+        wanted = frozenset(v for some in values for v in some if v is not None)
+        _, trace = self.forward(network, params, images, keep=wanted, **options)
+        return [
+            concatenate([None if v is None else trace.values[v] for v in some]) for some in values
+        ]
 
     def backward(
         self, network: Network, params: Weights, trace: Trace, dlogits: jax.Array

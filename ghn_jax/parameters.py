@@ -165,6 +165,20 @@ def insert(tree: dict, path: tuple[str, ...], value) -> None:
     tree[path[-1]] = value
 
 
+def squash(tiles, kind: TileKind, xp):
+    """Table 2 for norm layers and biases: it depends on nothing but the tile.
+
+    Args:
+      tiles: (..., 2, n) vectors or (..., classes) classifier biases; others are left as they are.
+      kind: of the tiles.
+      xp: `numpy` or `jax.numpy`.
+    """
+    if kind.decoder == "vector":
+        scale, bias = tiles[..., 0, :], tiles[..., 1, :]
+        return xp.stack([squash_norm_weight(scale, xp), squash_bias(bias, xp)], axis=-2)
+    return squash_bias(tiles, xp) if kind.decoder == "classifier_bias" else tiles
+
+
 def tile_tensors(
     primitive: str, shape, kind: TileKind, tile, normalise: bool, xp, repeat: bool = True
 ) -> dict[str, object]:
@@ -173,8 +187,8 @@ def tile_tensors(
     Args:
       primitive, shape: of its node, the shape in PyTorch's order.
       kind: of the tile.
-      tile: as `decoder.Decoder` returns it.
-      normalise: apply the normalisation of § 4.1.
+      tile: as `decoder.Decoder` returns it, behind `squash` where parameters are normalised.
+      normalise: scale weights as § 4.1 does.
       xp: `numpy` or `jax.numpy`.
       repeat: see `weight_from_tile`.
 
@@ -182,20 +196,25 @@ def tile_tensors(
       {'kernel': (in, out) or (height, width, in, out)}, {'embedding': (height, width, channels)},
       {'scale', 'bias': (channels,)} of norm layers, or {'bias': (channels,)}.
     """
-    if kind.decoder not in ("vector", "classifier_bias"):
-        leaf = "embedding" if kind.decoder == "position" else "kernel"
-        return {leaf: weight_from_tile(tile, shape, kind, normalise, xp, repeat)}
-    rows = tile if kind.decoder == "vector" else xp.stack([tile, tile])
-    weight, bias = (tile_axis(row, 0, shape[0], xp) for row in rows)
-    if normalise:
-        weight, bias = squash_norm_weight(weight, xp), squash_bias(bias, xp)
-    return {"scale": weight, "bias": bias} if primitive in ("bn", "ln") else {"bias": bias}
+    if kind.decoder == "classifier_bias":
+        return {"bias": tile_axis(tile, 0, shape[0], xp)}
+    if kind.decoder == "vector":
+        if primitive in ("bn", "ln"):
+            return {
+                leaf: tile_axis(tile[i], 0, shape[0], xp)
+                for i, leaf in enumerate(("scale", "bias"))
+            }
+        return {"bias": tile_axis(tile[1], 0, shape[0], xp)}
+    leaf = "embedding" if kind.decoder == "position" else "kernel"
+    return {leaf: weight_from_tile(tile, shape, kind, normalise, xp, repeat)}
 
 
 def node_tensors(graph: Graph, node: int, tile, normalise: bool, xp) -> dict[str, object]:
-    """The tensors of a node that has a tile; see `tile_tensors`."""
+    """The tensors of a node, from its tile as `decoder.Decoder` returns it; see `tile_tensors`."""
     primitive, shape = PRIMITIVES[graph.primitives[node]], graph.param_shapes[node]
-    return tile_tensors(primitive, shape, tile_kind(graph, node), tile, normalise, xp)
+    kind = tile_kind(graph, node)
+    tile = squash(tile, kind, xp) if normalise else tile
+    return tile_tensors(primitive, shape, kind, tile, normalise, xp)
 
 
 def named_tree(graph: Graph, tensors: dict[int, dict[str, object]]) -> dict:
