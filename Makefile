@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-mesh lint clean
+.PHONY: demo test test-mesh gpu-check lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py --out runs/demo
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-test lint
 # Eight simulated devices and two processes: four minutes.
 test-mesh: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 0 -m mesh tests/test_mesh.py
+
+# The engine on an accelerator, ten minutes: right, how fast, then it trains. Writes gpu_check.json.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

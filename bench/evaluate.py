@@ -24,6 +24,7 @@ from reference import Reference
 from tqdm import tqdm
 
 from ghn_jax.deepnets1m.__main__ import export
+from ghn_jax.engine import Engine
 from ghn_jax.evaluation import evaluate_network, random_parameters
 from ghn_jax.evaluation_sets import evaluation_set
 from ghn_jax.images import Images
@@ -55,13 +56,15 @@ def run(options: Options, reference: Reference | None) -> None:
     """Times every network; prints a table and a JSON line."""
     images = random_images(options.images)
     architectures = evaluation_set("test")[: options.networks]
-    rows = []
+    engine, rows = Engine(), []
     for index, arch in enumerate(tqdm(architectures, unit="network")):
         arch = arch.replace(C=options.width)
         params = random_parameters(build_network(arch), 32, seed=index)
         time.sleep(options.pause)
         start = time.perf_counter()
-        evaluate_network(build_network(arch), params, images=images, batch_size=options.batch_size)
+        evaluate_network(
+            build_network(arch), params, images=images, batch_size=options.batch_size, engine=engine
+        )
         row = {"ours": time.perf_counter() - start}
         if reference:
             time.sleep(options.pause)

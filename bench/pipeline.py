@@ -44,24 +44,25 @@ def main(options: Options) -> None:
     keep_memory()
     config = preset("ghn2")
     ghn, rules = config.ghn(10, 32), config.rules(32)
-    step = MetaStep(ghn, config.optimizer(1000))
+    step = MetaStep(ghn, config.optimizer(1000), workers=config.workers)
     state = step.init(0)
     stream = Stream(
         ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.meta_batch, 32,
-        n_groups=config.workers, graph_nodes=config.graph_nodes,
+        graph_nodes=config.graph_nodes,
     )  # fmt: skip
     images = dataclasses.replace(random_images(45_000), name="cifar10", split="train")
     counter, programs = CompilationCounter(), -1
     waited, seconds, most, counted = 0.0, 0.0, 0.0, 0
+    ahead = (step.prepare(batch, config.batch_size) for batch in stream.batches(0))
     with (
-        closing(prefetch(stream.batches(0), size=4)) as meta_batches,
+        closing(prefetch(ahead, size=4)) as updates,
         closing(prefetch(train_batches(images, config.batch_size, seed=0))) as image_batches,
     ):
         for _ in tqdm(itertools.repeat(None, options.updates), unit="update"):
             start = time.perf_counter()
-            batch, image_batch = next(meta_batches), next(image_batches)
+            update, image_batch = next(updates), next(image_batches)
             wait = time.perf_counter() - start
-            state, _ = jax.block_until_ready(step(state, batch, *image_batch))
+            state, _ = jax.block_until_ready(step(state, update, *image_batch))
             if counter.count == programs:
                 whole = time.perf_counter() - start
                 waited, seconds, counted = waited + wait, seconds + whole, counted + 1

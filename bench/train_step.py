@@ -30,7 +30,7 @@ from ghn_jax.compilation import CompilationCounter, keep_programs
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.deepnets1m.__main__ import export
 from ghn_jax.memory import keep_memory
-from ghn_jax.metabatch import Stream, make_meta_batch
+from ghn_jax.metabatch import make_meta_batch
 from ghn_jax.metastep import MetaStep
 from ghn_jax.presets import preset
 
@@ -75,8 +75,7 @@ def main(options: Options) -> None:
 def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
     """Times every meta-batch."""
     ghn = config.ghn(10, 32)
-    stream = Stream(ghn, lambda i: nets[i % len(nets)], config.meta_batch, 32)
-    step = MetaStep(ghn, config.optimizer(1000), seed=0)
+    step = MetaStep(ghn, config.optimizer(1000), workers=config.workers)
     state = step.init(0)
     rng = np.random.default_rng(options.seed)
     images = rng.standard_normal((config.batch_size, 32, 32, 3), np.float32)
@@ -89,26 +88,26 @@ def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
     for indices in tqdm(meta_batches(nets, config, options.updates), unit="meta-batch"):
         architectures = [nets[i] for i in indices]
         prepared = time.perf_counter()
-        batch = make_meta_batch(
-            ghn, architectures, image_size=32, n_groups=config.workers,
-            graph_nodes=config.graph_nodes, capacity=stream.capacity,
-        )  # fmt: skip
+        batch = make_meta_batch(ghn, architectures, image_size=32, graph_nodes=config.graph_nodes)
+        update = step.prepare(batch, len(images))
         prepared = time.perf_counter() - prepared
         first = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, batch, images, labels))
+        state, _ = jax.block_until_ready(step(state, update, images, labels))
         first = time.perf_counter() - first
         time.sleep(options.pause)
-        start = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, batch, images, labels))
-        row = {"nodes": batch.nodes, "ours": time.perf_counter() - start, "first": first,
-               "prepare": prepared, "programs": counter.count}  # fmt: skip
+        start, cpu = time.perf_counter(), time.process_time()
+        state, _ = jax.block_until_ready(step(state, update, images, labels))
+        row = {"nodes": batch.nodes, "ours": time.perf_counter() - start,
+               "cpu": time.process_time() - cpu, "first": first, "prepare": prepared,
+               "programs": counter.count}  # fmt: skip
         if reference:
             time.sleep(options.pause)
             request = {"indices": indices, "C": [a.C for a in architectures],
                        "fc_dim": [a.fc_dim for a in architectures]}  # fmt: skip
             reference(**request)  # warm-up, as ours
             answer = reference(**request)
-            row |= {"theirs": answer["seconds"], "their_memory": answer["memory_mb"]}
+            row |= {"theirs": answer["seconds"], "their_cpu": answer["cpu_seconds"],
+                    "their_memory": answer["memory_mb"]}  # fmt: skip
         rows.append(row)
         tqdm.write("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}"
                              for k, v in row.items()))  # fmt: skip
@@ -117,6 +116,7 @@ def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
         "benchmark": "train_step",
         "updates": len(rows),
         "seconds": round(statistics.median(r["ours"] for r in rows), 2),
+        "cpu_seconds": round(statistics.median(r["cpu"] for r in rows), 2),
         "slowest": round(max(r["ours"] for r in rows), 2),
         "prepare_seconds": round(statistics.median(r["prepare"] for r in rows), 3),
         "programs": counter.count,
@@ -131,6 +131,7 @@ def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
         theirs = statistics.median(r["theirs"] for r in rows)
         result |= {
             "reference_seconds": round(theirs, 2),
+            "reference_cpu_seconds": round(statistics.median(r["their_cpu"] for r in rows), 2),
             "ratio_of_medians": round(theirs / result["seconds"], 2),
             "worst_ratio": round(min(ratios), 2),
             "reference_memory_mb": round(rows[-1]["their_memory"]),

@@ -65,12 +65,12 @@ class Network(NamedTuple):
     Attributes:
       plan: its steps.
       programs: of each step.
-      sums: (n, value's shape) -> the program that adds up n cotangents of a value.
+      sums: value with several readers -> the program that adds up its cotangents.
     """
 
     plan: Plan
     programs: tuple[_Programs, ...]
-    sums: dict[tuple, Program]
+    sums: dict[int, Program]
 
 
 class Trace(NamedTuple):
@@ -185,7 +185,7 @@ class Engine:
         if gradient:
             for value, count in readers.items():
                 if count > 1 and value != IMAGES:
-                    sums[count, shape(value)] = self._sum_program(count, self._value(shape(value)))
+                    sums[value] = self._sum_program(count, self._value(shape(value)))
         return Network(plan, tuple(programs), sums)
 
     def _apply(self, unit: Unit, form, params: Arrays, inputs: tuple, **options) -> jax.Array:
@@ -359,7 +359,7 @@ class Engine:
             unit = step.unit
             g, *more = cotangents.pop(step.output)
             if more:
-                g = network.sums[1 + len(more), g.shape](g, *more)
+                g = network.sums[step.output](g, *more)
             weights = _flat(params, step.names)
             inputs = tuple([None if v is None else values[v] for v in step.inputs])
             values.pop(step.output, None)

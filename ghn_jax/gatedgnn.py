@@ -84,9 +84,15 @@ def _put(array: jax.Array, nodes: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def _walk(schedule: jax.Array, step: Callable, carry, *, reverse: bool = False):
-    """`step(carry, nodes) -> carry` for every row of a schedule but the last that are empty."""
+    """`step(carry, nodes) -> carry` for every row of a schedule.
+
+    The last rows may be empty. CPUs leave them out; accelerators do them, as a loop whose length
+    is known does not make the host wait for the device in every step.
+    """
     schedule = jnp.asarray(schedule)
-    count = (schedule != len(jax.tree.leaves(carry)[0])).any(1).sum()
+    count = len(schedule)
+    if jax.default_backend() == "cpu":
+        count = (schedule != len(jax.tree.leaves(carry)[0])).any(1).sum()
 
     def one(i, carry):
         return step(carry, schedule[count - 1 - i if reverse else i])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jraph
+import numpy as np
 
 from ghn_jax.architecture import Architecture
 from ghn_jax.decoding import Chunk, make_chunks
@@ -18,6 +19,8 @@ from ghn_jax.wiring import wire
 # A meta-batch of up to 8 architectures with more nodes than this is passed over, as in the authors'
 # code; of more architectures, with more than so many for every 8.
 MAX_NODES = 2200
+
+_STEPS = 64  # the number of a sweep's steps is rounded up to a multiple of this
 
 
 class MetaBatch(NamedTuple):
@@ -72,7 +75,17 @@ def _join(graphs: Sequence[Graph], graph_nodes: int) -> jraph.GraphsTuple:
     n_node = graph_nodes * next_power_of_two(len(graphs))
     if nodes >= n_node:
         n_node = next_power_of_two(nodes + 1)
-    return pad_graphs(graphs, n_node, next_power_of_two(max(edges, 64 * n_node)))
+    graph = pad_graphs(graphs, n_node, next_power_of_two(max(edges, 64 * n_node)))
+    # Sweeps' steps to a multiple of 64: a power of two would leave half of them empty.
+    steps = max(int((rows < n_node).any(1).sum()) for rows in graph.globals.values())
+    length = -(-steps // _STEPS) * _STEPS
+    padded = {
+        name: np.pad(
+            rows[:length], ((0, max(0, length - len(rows))), (0, 0)), constant_values=n_node
+        )
+        for name, rows in graph.globals.items()
+    }
+    return graph._replace(globals=padded)
 
 
 def make_meta_batch(

@@ -6,17 +6,36 @@ from pathlib import Path
 import jax
 import pytest
 
+from ghn_jax import engine
+from ghn_jax.compilation import program_options, single_run_options
+
 # Before JAX starts: what is sharded runs on two devices, on any machine.
 jax.config.update("jax_num_cpu_devices", 2)
 
-# Nearly every program here is compiled to run once. In half the time with these settings; programs
-# with options of their own, the executor's, are compiled as in training.
+# Nearly every program here is compiled to run once: in half the time with these settings. The
+# engine's have options of their own; they are compiled as in training where a test says so.
 _SHORT_COMPILATION = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_SHORT_COMPILATION))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine_for_a_single_run():
+    """The engine's programs are compiled as all others are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "program_options", lambda device: single_run_options())
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def compiled_as_in_training():
+    """The engine's programs are compiled as in training, for a whole file that asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "program_options", program_options)
+        yield
 
 
 @pytest.fixture(autouse=True)

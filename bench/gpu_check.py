@@ -1,0 +1,384 @@
+"""The engine on an accelerator, in one call: is it right, how fast is it, and then it trains.
+
+    make gpu-check                                                # or:
+    python bench/gpu_check.py --out gpu.json --minutes 9 --checkpoints runs/gpu
+
+Every result is written to the JSON file as soon as it is there. Parts that cannot run are reported,
+and the next one runs. Without an accelerator all of it runs on the CPU: a rehearsal.
+
+1. Loss and gradient of meta-batches beside the same on the CPU, at the highest matmul precision.
+2. Seconds of an update of GHN-2 (meta-batch 8, batch 64, 32x32): the whole, the host's part, and
+   the device's by a profile; seconds of compiling; programs; memory.
+3. The same in bfloat16.
+4. With --reference, the authors' code (PyTorch) on the same device and meta-batches.
+5. Training until the time is over, from --dataset, with checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from ghn_jax.checkpoint import Checkpoints
+from ghn_jax.compilation import CompilationCounter, keep_programs
+from ghn_jax.decoding import Tiles
+from ghn_jax.engine import Engine
+from ghn_jax.ghn import GHN
+from ghn_jax.images import load_images, prefetch, train_batches
+from ghn_jax.mesh import make_mesh
+from ghn_jax.metabatch import Stream, make_meta_batch
+from ghn_jax.metastep import MetaStep
+from ghn_jax.operations import NormSum
+from ghn_jax.presets import preset
+from ghn_jax.sampling import sample_architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    out: Path = Path("gpu_check.json")  # results
+    minutes: float = 9.0  # all of it, training included
+    updates: int = 40  # timed meta-batches at most
+    small: bool = False  # narrow networks and small images: a rehearsal in a minute or two
+    dataset: str = "digits"  # to train on: digits, cifar10
+    data_dir: str | None = None  # folder of TFDS datasets
+    checkpoints: Path = Path("runs/gpu_check")  # what is trained is saved there
+    reference: Path | None = None  # the authors' code, a checkout of facebookresearch/ppuda
+    nets: Path | None = None  # official training file that both read, with --reference
+    cache_dir: Path | None = None  # compiled programs; none are kept if not given
+
+
+class Results:
+    """A JSON file that always holds all there is."""
+
+    def __init__(self, path: Path):
+        self.path, self.data = path, {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, value) -> None:
+        """Adds a part and writes the file."""
+        self.data[name] = value
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.data, indent=1) + "\n")
+        part.replace(self.path)
+        print(f"{name}: {json.dumps(value)[:400]}", flush=True)
+
+
+def about() -> dict:
+    """What it runs on."""
+    device = jax.local_devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.local_device_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "cores": os.cpu_count(),
+    }
+
+
+class Case:
+    """The meta-batches that are run."""
+
+    def __init__(self, small: bool):
+        config = preset("demo" if small else "ghn2")
+        self.config, self.size = config, 16 if small else 32
+        self.ghn: GHN = config.ghn(10, self.size)
+        self.rules = config.rules(self.size)
+
+    def architecture(self, i: int):
+        """Of the training stream."""
+        return sample_architecture("train", 0, i, rules=self.rules)
+
+    def stream(self) -> Stream:
+        """Of the training meta-batches."""
+        return Stream(
+            self.ghn, self.architecture, self.config.meta_batch, self.size,
+            graph_nodes=self.config.graph_nodes,
+        )  # fmt: skip
+
+    def images(self, count: int):
+        """Noise."""
+        rng = np.random.default_rng(0)
+        images = rng.standard_normal((count, self.size, self.size, 3), np.float32)
+        return images, rng.integers(0, 10, count).astype(np.int32)
+
+
+def correctness(case: Case, architectures: int) -> dict:
+    """Relative differences of loss and gradient between the device and the CPU."""
+    images, labels = case.images(16)
+    found = [case.architecture(1000 + i) for i in range(architectures)]
+    batch = make_meta_batch(case.ghn, found, image_size=case.size)
+    results = []
+    with jax.default_matmul_precision("highest"):
+        for device in (jax.local_devices()[0], jax.devices("cpu")[0]):
+            step = MetaStep(case.ghn, optax.identity(), mesh=make_mesh([device]))
+            with closing(step), jax.default_device(device):
+                update = step.prepare(batch, len(images))
+                params = step._local(step.init(0).params)
+                arrays = jax.device_put((images, labels), step.engine.split)
+                totals, gradient = step.gradient(params, update, *arrays, np.int32(0))
+                results.append((np.array(totals), np.asarray(gradient)))
+    (totals, gradient), (expected, reference) = results
+    losses = np.abs(totals[:, 0] / expected[:, 0] - 1)
+    error = np.linalg.norm(gradient - reference) / np.linalg.norm(reference)
+    return {
+        "networks": architectures,
+        "worst_loss": float(losses.max()),
+        "gradient": float(error),
+        "passed": bool(losses.max() < 1e-3 and error < 1e-3),
+    }
+
+
+def _device_seconds(folder: Path) -> float | None:
+    """Seconds that a profile's device was busy: the union of what its streams ran."""
+    files = sorted(folder.rglob("*.trace.json.gz"))
+    if not files:
+        return None
+    with gzip.open(files[-1], "rt") as file:
+        events = json.load(file)["traceEvents"]
+    devices = {
+        e["pid"]
+        for e in events
+        if e.get("name") == "process_name" and "/device:" in e["args"]["name"]
+    }
+    spans = sorted(
+        (e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("pid") in devices and e.get("ph") == "X"
+    )
+    busy, end = 0.0, 0.0
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return busy / 1e6 if spans else None
+
+
+def updates(case: Case, options: Options, dtype: str, seconds: float, report) -> dict:
+    """Times updates, each meta-batch's second one, for some seconds; programs come some ahead."""
+    counter, cpu = CompilationCounter(), jax.default_backend() == "cpu"
+    step = MetaStep(
+        case.ghn, case.config.optimizer(1000), workers=2 if cpu else 1, dtype=jnp.dtype(dtype)
+    )
+    images, labels = case.images(case.config.batch_size)
+    start = time.perf_counter()
+    state, ran, whole, host, found = step.init(0), [], [], [], {"dtype": dtype}
+    ahead = (step.prepare(batch, len(images)) for batch in case.stream().batches(0))
+    with closing(step), closing(prefetch(ahead, size=8)) as prepared:
+        while len(ran) < options.updates and (not ran or time.perf_counter() < start + seconds):
+            update = next(prepared)
+            state, metrics = jax.block_until_ready(step(state, update, images, labels))
+            found.setdefault("first_update", time.perf_counter() - start)
+            begin = time.perf_counter()
+            state, metrics = step(state, update, images, labels)
+            host.append(time.perf_counter() - begin)
+            jax.block_until_ready(metrics)
+            whole.append(time.perf_counter() - begin)
+            ran.append(update)
+            found |= {
+                "meta_batches": len(whole),
+                "seconds_median": statistics.median(whole),
+                "seconds_mean": statistics.fmean(whole),
+                "seconds_slowest": max(whole),
+                "host_median": statistics.median(host),
+                "loss": float(metrics.loss),
+                "programs": len(step.engine.programs),
+                "compile_thread_seconds": counter.seconds,
+                "with_compilation": time.perf_counter() - start,
+            }
+            report(found)
+        # One behind the other, as training runs them.
+        begin = time.perf_counter()
+        for update in ran:
+            state, metrics = step(state, update, images, labels)
+        jax.block_until_ready(metrics)
+        found["seconds_queued"] = (time.perf_counter() - begin) / len(ran)
+        if not cpu:
+            with tempfile.TemporaryDirectory() as folder:
+                begin = time.perf_counter()
+                with jax.profiler.trace(folder):
+                    for update in ran[:3]:
+                        state, metrics = step(state, update, images, labels)
+                    jax.block_until_ready(metrics)
+                found["profiled_seconds"] = (time.perf_counter() - begin) / len(ran[:3])
+                busy = _device_seconds(Path(folder))
+                found["device_busy_seconds"] = busy and busy / len(ran[:3])
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return {**found, "peak_bytes": memory.get("peak_bytes_in_use")}
+
+
+class NoPrograms:
+    """In place of the engine's programs, compiled ones that do nothing but take and give arrays."""
+
+    calls = 0
+
+    def get(self, key, make):
+        """A program of as many results as the real one has."""
+        kind = key[0][0] if isinstance(key[0], tuple) else key[0]
+        unit = key[0][1] if isinstance(key[0], tuple) else None
+        normed = isinstance(unit, NormSum)
+        if kind == "forward":
+            n = unit.normed_terms if normed else 0
+            function = jax.jit(
+                lambda *a: (_first(a[1]), (_first(a[1]),) * n) if normed else _first(a[1])
+            )
+        elif kind == "backward":
+            function = jax.jit(lambda *a: (a[0], a[1]), keep_unused=True)
+        else:
+            function = jax.jit(lambda *a: a[0], keep_unused=True)
+
+        def call(*args):
+            NoPrograms.calls += 1
+            return function(*args)
+
+        return call
+
+
+def _first(arrays):
+    return next(x for x in arrays if x is not None)
+
+
+def walk(case: Case) -> dict:
+    """Host time of a meta-batch's walks alone, every program replaced by one that does nothing."""
+    engine, form, seconds, calls = Engine(programs=NoPrograms()), Tiles(case.ghn), [], 0
+    plans = next(case.stream().batches(0)).plans
+    networks = [engine.prepare(plan, 8, form, gradient=True) for plan in plans]
+    images, dlogits = jnp.zeros((8, case.size, case.size, 3)), jnp.zeros((8, 10))
+    for _ in range(5):
+        NoPrograms.calls = 0
+        start = time.perf_counter()
+        for plan, network in zip(plans, networks, strict=True):
+            params = {n: (dlogits,) for step in plan.steps for n in step.names}
+            _, trace = engine.forward(network, params, images, keep=True)
+            engine.backward(network, params, trace, dlogits)
+        seconds.append(time.perf_counter() - start)
+        calls = NoPrograms.calls
+    return {"networks": len(plans), "calls": calls, "seconds": min(seconds)}
+
+
+def theirs(case: Case, options: Options, count: int) -> dict:
+    """The authors' update on the same device."""
+    from reference import Reference
+
+    from ghn_jax.deepnets1m import DeepNets1M
+
+    nets = DeepNets1M.open(options.nets, "train", seed=0)
+    reference = Reference("update", options.reference, options.nets, case.config.batch_size)
+    seconds = []
+    for first in range(0, 8 * count, 8):
+        indices = list(range(first, first + 8))
+        found = [nets[i] for i in indices]
+        request = {
+            "indices": indices,
+            "C": [a.C for a in found],
+            "fc_dim": [a.fc_dim for a in found],
+        }
+        reference(**request)
+        seconds.append(reference(**request)["seconds"])
+    return {
+        "meta_batches": count,
+        "seconds_median": statistics.median(seconds),
+        "seconds_mean": statistics.fmean(seconds),
+        **reference.about,
+    }
+
+
+def train(case: Case, options: Options, deadline: float, results: Results) -> dict:
+    """Trains until the deadline; saves what it has every minute."""
+    images = load_images(options.dataset, "train", data_dir=options.data_dir)
+    config = preset("demo" if images.image_size < 32 else "ghn2")
+    ghn, rules = config.ghn(images.num_classes, images.image_size), config.rules(images.image_size)
+    step = MetaStep(ghn, config.optimizer(10_000))
+    stream = Stream(
+        ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.meta_batch,
+        images.image_size, graph_nodes=config.graph_nodes,
+    )  # fmt: skip
+    checkpoints = Checkpoints(options.checkpoints)
+    checkpoints.write_config(ghn, training={"preset": config.preset}, image_size=images.image_size)
+    state, saved, found = step.init(0), time.perf_counter(), []
+    ahead = (step.prepare(batch, config.batch_size) for batch in stream.batches(0))
+    with (
+        closing(step),
+        closing(prefetch(ahead, size=8)) as prepared,
+        closing(prefetch(train_batches(images, config.batch_size, seed=0))) as batches,
+    ):
+        start = time.perf_counter()
+        while not found or time.perf_counter() < deadline:
+            update = next(prepared)
+            state, metrics = step(state, update, *next(batches))
+            found.append(metrics)
+            if time.perf_counter() > saved + 60 or time.perf_counter() >= deadline:
+                saved = time.perf_counter()
+                training = (state.opt_state, state.step)
+                checkpoints.save(
+                    int(state.step), update.batch.position, params=state.params, training=training
+                )
+                last = jax.device_get(found[-100:])
+                results.add(
+                    "training",
+                    {
+                        "dataset": options.dataset,
+                        "updates": len(found),
+                        "seconds": saved - start,
+                        "loss_of_last_100": float(np.mean([m.loss for m in last])),
+                        "top1_of_last_100": float(np.mean([m.top1 for m in last])),
+                    },
+                )
+    return results.data["training"]
+
+
+def main(options: Options) -> int:
+    """Runs all parts; the exit code says whether any failed."""
+    start = time.perf_counter()
+    deadline = start + 60 * options.minutes
+    if options.cache_dir is not None:
+        keep_programs(options.cache_dir)
+    results, failed = Results(options.out), 0
+    results.add("about", about())
+    case = Case(options.small)
+    share = 60 * options.minutes  # of the time, a part each
+    parts = {
+        "walk": lambda: walk(case),
+        "correctness": lambda: correctness(case, 2 if options.small else 4),
+        "updates": lambda: updates(
+            case, options, "float32", 0.3 * share, lambda x: results.add("updates", x)
+        ),
+        "updates_bfloat16": lambda: updates(
+            case, options, "bfloat16", 0.1 * share, lambda x: results.add("updates_bfloat16", x)
+        ),
+    }
+    if options.reference is not None:
+        parts["reference"] = lambda: theirs(case, options, 5)
+    parts["training"] = lambda: train(case, options, deadline, results)
+    for name, part in parts.items():
+        try:
+            begin = time.perf_counter()
+            value = part()
+            results.add(name, {**value, "part_seconds": round(time.perf_counter() - begin, 1)})
+            failed += value.get("passed") is False
+        except Exception:  # the next part may still say something
+            failed += 1
+            results.add(name, {"error": traceback.format_exc()[-2000:]})
+    results.add("seconds", round(time.perf_counter() - start, 1))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

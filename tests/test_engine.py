@@ -1,0 +1,595 @@
+"""The engine gives the logits and the gradients of the Flax modules, for any architecture.
+
+The modules run unit by unit: what two architectures have in common is compiled once, as it is for
+the engine. Architectures are chosen such that much is.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from ghn_jax.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
+from ghn_jax.decoding import TilePrograms, Tiles, make_chunks
+from ghn_jax.engine import Engine, tree_of, weights_of
+from ghn_jax.ghn import GHN
+from ghn_jax.graph import Graph, build_graph, pad_graphs
+from ghn_jax.kernels import concatenate
+from ghn_jax.network import Network, build_network
+from ghn_jax.operations import NormSum, Unit
+from ghn_jax.parameters import named_tree, node_tensors, tile_kind
+from ghn_jax.plan import Plan, make_plan
+from ghn_jax.programs import Programs
+from ghn_jax.sampling import RULES, SPLITS, sample_architecture
+from ghn_jax.wiring import Wiring, wire
+
+BATCH, SIZE, COUNT = 4, 16, 60
+# Tiles smaller than most kernels, and not square: channels repeat, axes cannot be confused.
+SMALL = GHN(max_shape=(12, 16, 16, 16))
+
+
+# --- Architectures --------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """An architecture and what it is run from."""
+
+    name: str
+    arch: Architecture
+    wiring: Wiring
+    plan: Plan
+
+    @classmethod
+    def of(cls, arch: Architecture, name: str = "", size: int = SIZE) -> "Case":
+        wiring = wire(arch, image_size=size)
+        return cls(name, arch, wiring, make_plan(wiring))
+
+    @property
+    def graph(self) -> Graph:
+        return graph_of(self.arch, self.wiring.image_size)
+
+    @property
+    def network(self):
+        return build_network(self.arch, image_size=self.wiring.image_size)
+
+
+@functools.cache
+def graph_of(arch: Architecture, size: int) -> Graph:
+    return build_graph(arch, 1, image_size=size)
+
+
+def small_case(split: str, index: int) -> Case:
+    rules = dataclasses.replace(
+        RULES[split], n_cells=(3, 6), deep_above=(4, 6), nodes=(1, 3), deep_nodes=2,
+        widths=(8,), fc_dims=(24,), min_params=None,
+    )  # fmt: skip
+    return Case.of(sample_architecture(split, 0, index, rules=rules), f"{split}-{index}")
+
+
+def features(case: Case) -> set[str]:
+    """What running an architecture tests, in words."""
+    arch, stem = case.arch, "full"
+    if arch.has_attention:
+        stem = "vit"
+    elif arch.stem_type == 1 or arch.stem_pool:
+        stem = "half"
+    words = {
+        f"stem {stem}, C_mult {arch.C_mult}",
+        f"stem {stem}, norm {arch.norm is not None}",
+        f"preproc {arch.preproc}",
+        f"glob_avg {arch.glob_avg}, fc_layers {arch.fc_layers}",
+        f"n_cells {arch.n_cells}",
+    }
+    if not arch.has_attention:
+        pool = " and pool" if arch.stem_pool else ""
+        words.add(f"stem_type {arch.stem_type}{pool}, ks {arch.ks}")
+    for op in case.wiring.operations:
+        if "._ops." in op.name and op.kind != "msa":
+            # With a stride, a skip connection is a factorised reduction.
+            kind = "skip_connect" if op.kind == "factorized_reduce" else op.kind
+            words.add(f"{kind}, stride {op.stride}")
+        if None in op.inputs:
+            words.add("zeros in the input")
+    if None in case.wiring.head.feature:
+        words.add("zeros in the head's input")
+    for which in ("normal", "reduce"):
+        for kind, source in getattr(arch.genotype, which):
+            if kind == "msa":  # networks with attention have no strides
+                words.add(f"msa, {which} cell")
+            if kind == "none":
+                words.add(f"none, stride {2 if which == 'reduce' and source < 2 else 1}")
+    return words
+
+
+WANTED = {
+    *(f"{op}, stride {s}" for op in OPERATIONS if op != "msa" for s in (1, 2)),
+    *("msa, normal cell", "msa, reduce cell"),
+    *("zeros in the input", "zeros in the head's input"),
+    *(f"stem {s}, C_mult {m}" for s in ("full", "half", "vit") for m in (1, 2)),
+    *(f"stem {s}, norm {n}" for s in ("full", "half", "vit") for n in (True, False)),
+    *(f"stem_type {s}, ks {k}" for s in ("0", "0 and pool", "1") for k in (3, 5, 7)),
+    *(f"glob_avg {g}, fc_layers {n}" for g in (True, False) for n in (1, 2)),
+    *(f"preproc {p}" for p in (True, False)),
+    *(f"n_cells {n}" for n in (3, 4, 5, 6)),
+}
+
+
+def programs_of(case: Case) -> set:
+    """What is compiled for an architecture, as far as another one may need the same."""
+    values = case.plan.values
+    return {
+        (step.unit, tuple(None if v is None else values[v] for v in step.inputs))
+        for step in case.plan.steps
+    }
+
+
+def choose(pool: list[Case], wanted: set[str], count: int) -> list[Case]:
+    """Cases that test all that is wanted, then others; those first that compile little."""
+    pool = list(pool)
+    tests, needs = ({case.name: f(case) for case in pool} for f in (features, programs_of))
+    chosen, left, compiled = [], set(wanted), set()
+    while len(chosen) < count or left:
+        useful = [case for case in pool if not left or tests[case.name] & left]
+        if not useful:
+            break
+
+        def price(case, compiled=compiled, left=left):
+            new = len(needs[case.name] - compiled)
+            return (5 + new) / len(tests[case.name] & left) if left else new
+
+        best = min(useful, key=price)
+        pool.remove(best)
+        chosen.append(best)
+        compiled |= needs[best.name]
+        left -= tests[best.name]
+    return chosen
+
+
+POOL = [small_case(split, i) for i in range(100) for split in ("train", "dense", "bnfree")]
+ALL = choose(POOL, WANTED, COUNT)
+# Every kind of tile; weights of classifiers that repeat.
+TILED = choose(
+    ALL,
+    {
+        *("msa, normal cell", "stem vit, norm True", "cse, stride 1", "conv_7x1_1x7, stride 1"),
+        *("sep_conv_3x3, stride 1", "dil_conv_5x5, stride 2", "skip_connect, stride 2"),
+        *("glob_avg False, fc_layers 1", "glob_avg True, fc_layers 2"),
+        *("glob_avg False, fc_layers 2", "stem_type 1, ks 7", "zeros in the input"),
+    },
+    0,
+)
+
+
+def test_architectures_cover_the_design_space():
+    assert len({case.arch for case in ALL}) == len(ALL) >= 60
+    missing = WANTED.difference(*map(features, ALL))
+    assert not missing, f"no architecture tests: {sorted(missing)}"
+
+
+# --- Running them ---------------------------------------------------------------------------------
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+IMAGES, COTANGENT = random(BATCH, SIZE, SIZE, 3), random(BATCH, 10, seed=1)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    programs = Programs()
+    yield Engine(programs=programs)
+    programs.close()
+
+
+def random_tiles(case: Case, ghn: GHN = SMALL) -> dict[str, np.ndarray]:
+    """A tile for each parameter, under its official name."""
+    graph, form, tiles = case.graph, Tiles(ghn), {}
+    shapes = {
+        name: shape
+        for step in case.plan.steps
+        for name, (shape,) in zip(step.names, form.shapes(step.unit), strict=True)
+    }
+    assert set(shapes) == {graph.names[n] for n in range(len(graph)) if tile_kind(graph, n)}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        tiles[name] = random(*shape, seed=seed)
+    return tiles
+
+
+def params_of(case: Case, tiles: dict[str, jax.Array], xp=np, normalise: bool = True) -> dict:
+    """The module's parameters from tiles."""
+    graph = case.graph
+    nodes = {name: node for node, name in enumerate(graph.names)}
+    return named_tree(
+        graph,
+        {
+            nodes[name]: node_tensors(graph, nodes[name], xp.asarray(tile), normalise, xp)
+            for name, tile in tiles.items()
+        },
+    )
+
+
+def walk(engine: Engine, plan: Plan, weights, *, form=None, images=IMAGES, seed=None):
+    """Logits, and cotangents of the parameters."""
+    options = {"gradient": True, "dropout": seed is not None}
+    form = (form,) if form else ()
+    network = engine.prepare(plan, len(images), *form, **options)
+    images, cotangent = jax.device_put((images, COTANGENT[: len(images)]), engine.split)
+    weights = jax.device_put(weights, engine.whole)
+    logits, trace = engine.forward(network, weights, images, keep=True, seed=seed)
+    gradient = engine.backward(network, weights, trace, cotangent)
+    assert set(trace.values) == {0}  # all but the images is used up
+    return logits, gradient
+
+
+# The definition of each unit, compiled for itself: in less time than operation by operation.
+COMPILED = {unit: jax.jit(unit.apply, static_argnums=0) for unit in Unit.__subclasses__()}
+
+
+def module_walk(case: Case, params, images=IMAGES, tiles: bool = False, **options):
+    """The same by the Flax module; with `tiles`, parameters are made from them."""
+    normalise = options.pop("normalise", True)
+
+    def run(params):
+        made = params_of(case, params, jnp, normalise) if tiles else params
+        return case.network.apply({"params": made}, images, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for unit, apply in COMPILED.items():
+            patch.setattr(unit, "apply", apply)
+        logits, vjp = jax.vjp(run, params)
+        return logits, vjp(COTANGENT[: len(images)])[0]
+
+
+def neighbours(images: np.ndarray):
+    """The images, then the same to within rounding, four times.
+
+    A gradient jumps where a ReLU's input changes sign: within rounding of such a point the engine
+    may be on one side and the module on the other, and both are right.
+    """
+    yield images
+    for seed in range(4):
+        away = np.where(random(*images.shape, seed=seed) > 0, np.inf, -np.inf)
+        yield np.nextafter(images, away.astype(np.float32))
+
+
+def error(actual, expected) -> float:
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected)
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-6)
+
+
+def assert_close(actual, expected, tolerance: float = 1e-3):
+    """Trees of the same keys and shapes, whose arrays are close."""
+    flat, keys = jax.tree_util.tree_flatten_with_path(expected)
+    assert jax.tree.structure(actual) == keys
+    errors = {
+        jax.tree_util.keystr(path): error(a, b)
+        for (path, b), a in zip(flat, jax.tree.leaves(actual), strict=True)
+    }
+    assert max(errors.values()) < tolerance, errors
+
+
+def assert_is_module(case: Case, actual, params, images=IMAGES, **options):
+    """Logits and gradient are the module's, for these images or their like."""
+    logits, gradient = actual
+    problem = None
+    for near in neighbours(images):
+        expected, gradients = module_walk(case, params, near, **options)
+        assert_close(logits, expected)
+        try:
+            return assert_close(gradient, gradients)
+        except AssertionError as difference:
+            problem = difference
+    raise problem
+
+
+def check(case: Case, engine: Engine, images=IMAGES):
+    """With tensors as parameters."""
+    params = params_of(case, random_tiles(case))
+    logits, gradient = walk(engine, case.plan, weights_of(case.plan, params), images=images)
+    assert_is_module(case, (logits, tree_of(case.plan, gradient)), params, images)
+
+
+def check_tiles(case: Case, engine: Engine, ghn: GHN = SMALL, scale: float = 1.0):
+    """With tiles as parameters."""
+    tiles = {name: scale * tile for name, tile in random_tiles(case, ghn).items()}
+    weights = {name: (tile,) for name, tile in tiles.items()}
+    logits, gradient = walk(engine, case.plan, weights, form=Tiles(ghn))
+    gradient = {name: tile for name, (tile,) in gradient.items()}
+    assert_is_module(case, (logits, gradient), tiles, tiles=True, normalise=ghn.normalise)
+
+
+# --- Equality -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_engine_equals_module(case, engine):
+    check(case, engine)
+
+
+@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+def test_with_tiles(case, engine):
+    check_tiles(case, engine)
+
+
+EXCITE = Genotype(
+    (("cse", 0), ("sep_conv_3x3", 1)), (2,), (("conv_7x1_1x7", 0), ("skip_connect", 1)), (2,)
+)
+
+
+def test_parameters_of_ghn1_are_not_scaled(engine):
+    arch = Architecture(EXCITE, 3, C=8, ks=7, glob_avg=False, fc_layers=2, fc_dim=24)
+    # Small enough that unscaled networks do not overflow.
+    ghn = GHN(max_shape=SMALL.max_shape, normalise=False, virtual_edges=1, layer_norm=False)
+    check_tiles(Case.of(arch), engine, ghn, scale=0.3)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        Architecture(VIT, 1, C=8),
+        Architecture(EXCITE, 1, C=8, stem_type=1, ks=5),
+        Architecture(EXCITE, 1, C=8, stem_pool=True, ks=7),
+    ],
+    ids=["vit", "half", "full"],
+)
+def test_large_images_have_other_stems(arch, engine):
+    check(Case.of(arch, size=128), engine, random(2, 128, 128, 3))
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        Architecture(EXCITE, 1, C=12),
+        Architecture(DARTS, 2, C=8),
+        Architecture(EXCITE, 3, C=8, fc_layers=3, fc_dim=24),
+        Architecture(EXCITE, 1, C=8, ks=9),
+        Architecture(EXCITE, 1, C=8, ks=11),
+        Architecture(EXCITE, 1, C=8, fc_layers=2, fc_dim=1000),
+    ],
+    ids=["12 channels, one cell", "two cells", "three layers", "9x9", "11x11", "1000 hidden units"],
+)
+def test_what_one_program_for_many_could_not_run(arch, engine):
+    check(Case.of(arch), engine)
+
+
+def test_dropout(engine, monkeypatch):
+    """The engine's seed is a key; with that key the module drops the same units."""
+    case = Case.of(Architecture(EXCITE, 3, C=8, fc_layers=3, fc_dim=24))
+    params = params_of(case, random_tiles(case))
+    weights, seed = weights_of(case.plan, params), tuple(map(np.int32, (3, 5, 2)))
+    logits, gradient = walk(engine, case.plan, weights, seed=seed)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 5), 2)
+    monkeypatch.setattr(Network, "make_rng", lambda self, name: key)
+    actual = logits, tree_of(case.plan, gradient)
+    assert_is_module(case, actual, params, train=True)
+    assert error(logits, case.network.apply({"params": params}, IMAGES)) > 0.1
+    for other in ((4, 5, 2), (3, 4, 2), (3, 5, 1)):  # run, update, network
+        changed, _ = walk(engine, case.plan, weights, seed=tuple(map(np.int32, other)))
+        assert error(changed, logits) > 0.01
+
+
+def test_given_statistics(engine):
+    """With those of the batch, batch norm is what it is on the batch; with others, it is not."""
+    case = next(
+        case for case in ALL
+        if case.arch.norm
+        and any(step.unit.normed_terms == 2 for step in case.plan.steps
+                if isinstance(step.unit, NormSum))
+    )  # fmt: skip
+    weights = weights_of(case.plan, params_of(case, random_tiles(case)))
+    network = engine.prepare(case.plan, BATCH, gradient=False)
+    expected, trace = engine.forward(network, weights, IMAGES, keep=True)
+    statistics = {
+        name: batch
+        for i, found in trace.statistics.items()
+        for name, batch in zip(case.plan.steps[i].names, found, strict=True)
+    }
+    given = engine.prepare(make_plan(case.wiring, running=True), BATCH, gradient=False)
+
+    def logits(statistics):
+        return engine.forward(given, weights, IMAGES, statistics=statistics)[0]
+
+    assert_close(logits(statistics), expected, 1e-5)
+    for name in statistics:
+        assert error(logits({**statistics, name: 2 * statistics[name]}), expected) > 1e-3, name
+
+
+# --- What else an engine does ---------------------------------------------------------------------
+
+
+def test_bfloat16(engine):
+    """Images and values are rounded, parameters and statistics are not."""
+    case = ALL[0]
+    params = params_of(case, random_tiles(case))
+    weights = weights_of(case.plan, params)
+    rounded = Engine(dtype=jnp.bfloat16, programs=engine.programs)
+    logits, gradient = walk(rounded, case.plan, weights)
+    expected, gradients = walk(engine, case.plan, weights)
+    assert {x.dtype for x in jax.tree.leaves((logits, gradient))} == {jnp.dtype("float32")}
+    assert 1e-4 < error(logits, expected) < 0.05
+    flat = [ravel_pytree(g)[0] for g in (gradient, gradients)]
+    assert 1e-4 < error(*flat) < 0.2
+    network = rounded.prepare(case.plan, BATCH, gradient=True)
+    _, trace = rounded.forward(network, weights, IMAGES, keep=True)
+    assert {x.dtype for v, x in trace.values.items() if v} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(trace.statistics)} <= {jnp.dtype("float32")}
+
+
+def test_values_are_kept_until_their_last_reader(engine):
+    case = next(case for case in ALL if case.arch.has_attention and case.arch.norm)
+    weights = weights_of(case.plan, params_of(case, random_tiles(case)))
+    network = engine.prepare(case.plan, BATCH, gradient=True)
+    logits, trace = engine.forward(network, weights, IMAGES)
+    assert trace.values == {}
+    kept, trace = engine.forward(network, weights, IMAGES, keep=True)
+    np.testing.assert_array_equal(logits, kept)
+    # All that a step writes, but for the logits.
+    assert set(trace.values) == {0, *(step.output for step in case.plan.steps[:-1])}
+
+
+def test_cells_outputs(engine):
+    """The engine gives what the states of the wiring are, of some cells."""
+    case = next(case for case in ALL if case.arch.n_cells > 3 and case.arch.norm)
+    params = params_of(case, random_tiles(case))
+    network = engine.prepare(case.plan, BATCH, gradient=False)
+    weights = weights_of(case.plan, params)
+    cells = (0, -1)
+    found = engine.features(network, weights, IMAGES, cells)
+    _, trace = engine.forward(network, weights, IMAGES, keep=True)
+    for cell, x in zip(cells, found, strict=True):
+        feature = case.wiring.outputs[cell]
+        parts = [None if s is None else trace.values[case.plan.states[s]] for s in feature]
+        np.testing.assert_array_equal(x, concatenate(parts))
+    # The classifier follows from the last cell.
+    head = case.plan.steps[-1]
+    logits = head.unit.apply(tuple(a for n in head.names for a in weights[n]), (found[-1],))
+    assert_close(logits, engine.forward(network, weights, IMAGES)[0])
+
+
+@pytest.mark.parametrize("case", TILED[:2], ids=lambda case: case.name)
+def test_two_devices_equal_one(case, engine):
+    two = Engine(jax.local_devices(), programs=engine.programs)
+    weights = {name: (tile,) for name, tile in random_tiles(case).items()}
+    actual, expected = (walk(e, case.plan, weights, form=Tiles(SMALL)) for e in (two, engine))
+    assert len(actual[0].sharding.device_set) == 2
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(actual[1]))
+    assert_close(actual, expected)
+
+
+def test_programs_are_shared(engine):
+    """What another architecture has in common with those before is not compiled again."""
+    order = sorted(ALL[:15], key=lambda case: case.name)
+
+    def run(case):
+        weights = weights_of(case.plan, params_of(case, random_tiles(case)))
+        before = len(engine.programs)
+        logits, _ = walk(engine, case.plan, weights)
+        return logits, len(engine.programs) - before
+
+    for case in order:
+        run(case)
+    made = engine.programs.made
+    assert made <= len(engine.programs)
+    results = [run(case) for case in order]
+    assert {new for _, new in results} == {0}
+    assert engine.programs.made == made
+    assert len({float(logits[0, 0]) for logits, _ in results}) == len(order)
+
+
+def test_equal_units_of_other_architectures_are_the_same_programs():
+    """The same edges between other nodes, more cells: nothing new."""
+    first = Genotype((("conv_3x3", 0), ("cse", 1)), (2,), (("conv_3x3", 0), ("cse", 1)), (2,))
+    other = Genotype((("cse", 1), ("conv_3x3", 0)), (2,), (("cse", 1), ("conv_3x3", 0)), (2,))
+    programs = Programs(threads=1)
+    try:
+        engine = Engine(programs=programs)
+        new = []
+        for genotype, n_cells in ((first, 6), (other, 6), (first, 9)):
+            before = len(programs)
+            arch = Architecture(genotype, n_cells, C=8)
+            engine.prepare(Case.of(arch).plan, BATCH, gradient=True)
+            new.append(len(programs) - before)
+        assert new[0] > 10
+        assert new[1:] == [0, 0]
+        # Of other numbers of images, and other widths, all are.
+        engine.prepare(Case.of(Architecture(first, 6, C=8)).plan, BATCH + 1, gradient=True)
+        assert len(programs) == 2 * new[0]
+    finally:
+        programs.close()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("size", [32, 224])
+def test_plans_of_every_generated_architecture(split, size):
+    """Every parameter is read, every value is written once and before it is read."""
+    for index in range(10):
+        case = Case.of(sample_architecture(split, 1, index), size=size)
+        graph, plan = case.graph, case.plan
+        used = [name for step in plan.steps for name in step.names]
+        assert len(used) == len(set(used))
+        assert set(used) == {graph.names[n] for n in range(len(graph)) if tile_kind(graph, n)}
+        written = {0}
+        for step in plan.steps:
+            assert written.issuperset(v for v in step.inputs if v is not None)
+            assert step.output not in written
+            written.add(step.output)
+        assert written == set(range(len(plan.values)))
+        assert set(plan.last_reader) == written - {plan.steps[-1].output}
+
+
+# --- Tiles ----------------------------------------------------------------------------------------
+
+
+def test_chunks_hold_every_node_once():
+    graphs = [Case.of(Architecture(EXCITE, n)).graph for n in (4, 14)]
+    nodes = {}
+    for chunk in make_chunks(graphs):
+        count = len(chunk.owners)
+        assert (chunk.nodes[count:] == -1).all() and (chunk.nodes[:count] >= 0).all()
+        for node, owner in zip(chunk.nodes, chunk.owners, strict=False):
+            assert nodes.setdefault(int(node), (owner, chunk.kind)) == (owner, chunk.kind)
+    offset, expected = 0, {}
+    for member, graph in enumerate(graphs):
+        for node in range(len(graph)):
+            if (kind := tile_kind(graph, node)) is not None:
+                expected[offset + node] = ((member, graph.names[node]), kind)
+        offset += len(graph)
+    assert nodes == expected
+
+
+def test_tiles_of_chunks_are_those_of_their_nodes(engine):
+    """Decoding in chunks is decoding; gradients too, whatever stands where a chunk has no node."""
+    ghn = GHN(max_shape=(12, 16, 7, 7))
+    graphs = [Case.of(Architecture(EXCITE, n)).graph for n in (4, 14)]
+    params = ghn.init_variables(0)["params"]
+    graph = pad_graphs(graphs)
+    n_node = len(graph.nodes["primitive"])
+    programs = TilePrograms(ghn, engine, params)
+    states = programs.encode(graph)(params, graph)
+    np.testing.assert_allclose(states, ghn.apply({"params": params}, graph), rtol=0, atol=1e-5)
+    chunks = make_chunks(graphs)
+    assert any(len(c.owners) < len(c.nodes) for c in chunks)
+    assert len({c.kind for c in chunks}) < len(chunks)  # more nodes of a kind than a chunk has
+    tiles, sums = [], jax.tree.map(jnp.zeros_like, (params["decoder"], states))
+    cotangents = []
+    for chunk in chunks:
+        tiles.append(programs.decode(chunk, n_node)(params["decoder"], states, chunk.nodes))
+        shape, count = tiles[-1][0].shape, len(chunk.nodes)
+        cotangents.append(list(random(count, *shape, seed=len(tiles))))
+        backward = programs.decode_backward(chunk, n_node)
+        unused = [np.full(shape, np.nan, np.float32)] * (count - len(chunk.owners))
+        given = (*cotangents[-1][: len(chunk.owners)], *unused)
+        sums = backward(params["decoder"], states, chunk.nodes, given, sums)
+
+    @jax.jit
+    def expected(params, states):
+        def decode(params, states):
+            return [
+                ghn.apply(
+                    {"params": params}, states[c.nodes[: len(c.owners)]], c.kind, method="decode"
+                )
+                for c in chunks
+            ]
+
+        found, vjp = jax.vjp(decode, params, states)
+        given = [jnp.stack(g[: len(c.owners)]) for g, c in zip(cotangents, chunks, strict=True)]
+        return found, vjp(given)
+
+    found, (dparams, dstates) = expected(params, states)
+    for actual, tile in zip(tiles, found, strict=True):
+        assert_close(jnp.stack(actual[: len(tile)]), tile, 1e-5)
+    assert_close(sums, (dparams["decoder"], dstates), 1e-4)
+    # And on to the encoder.
+    gradient = programs.encode_backward(graph)(params, graph, *sums)
+    _, vjp = jax.vjp(lambda p: ghn.apply({"params": p}, graph), params)
+    (encoder,) = vjp(sums[1])
+    whole = ravel_pytree({**encoder, "decoder": sums[0]})[0]
+    assert_close(gradient, whole, 1e-4)
