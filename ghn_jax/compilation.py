@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from pathlib import Path
 
 import jax
 
+_log = logging.getLogger(__name__)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 LOADED_EVENT = "/ghn_jax/program_loaded"  # from the folder of `program_store`
 
@@ -18,24 +21,47 @@ def keep_programs(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def executor_options() -> dict[str, str] | None:
+@functools.cache
+def _is_known(option: str, value: str | bool) -> bool:
+    """Whether the installed XLA takes an option; says so in the log, once, if it does not.
+
+    Nothing lists the options that there are, so a program that does nothing is compiled with it.
+    """
+    try:
+        jax.jit(lambda: 0.0).lower().compile(compiler_options={option: value})
+    except jax.errors.JaxRuntimeError as error:
+        version = jax.__version__
+        _log.warning("programs are compiled without %s in JAX %s: %s", option, version, error)
+        return False
+    return True
+
+
+def known_options(options: dict[str, str | bool]) -> dict[str, str | bool]:
+    """Those of some options for compiling that the installed XLA knows: they come and go."""
+    return {option: value for option, value in options.items() if _is_known(option, value)}
+
+
+def executor_options() -> dict[str, str | bool] | None:
     """Options for the executor's programs.
 
     On CPUs these compile them a third faster than the defaults do and run them in half the time:
     of 64 32x32 images on two cores (32 channels, stride in the stem), compiled in 30 s, then 21;
     four architectures in 3.6 s, then 1.9. The older loop emitter also makes a program of half as
-    many pieces, of which Linux lets a process have only so many (`crowded`).
+    many pieces, of which Linux lets a process have only so many (`crowded`). JAX 0.11.2 has that
+    emitter no more.
     """
     if jax.default_backend() != "cpu":
         return None
-    return {
-        "xla_backend_optimization_level": "1",
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
+    return known_options(
+        {
+            "xla_backend_optimization_level": "1",
+            "xla_llvm_disable_expensive_passes": True,
+            "xla_cpu_use_fusion_emitters": False,
+        }
+    )
 
 
-def single_run_options() -> dict[str, str] | None:
+def single_run_options() -> dict[str, str | bool] | None:
     """Options for a program that runs once, on CPUs: the least time to compile it.
 
     The gradient of a network by its Flax module (7 cells, 32 channels, two cores): compiled in

@@ -1,22 +1,31 @@
 """Common settings of all tests: two CPU devices, and where the shared files are."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
 import jax
 import pytest
 
+from ghn_jax.compilation import known_options
+
 # Before JAX starts: what is sharded runs on two devices, on any machine.
 jax.config.update("jax_num_cpu_devices", 2)
 
 # Nearly every program here is compiled to run once. In half the time with these settings; programs
 # with options of their own, the executor's, are compiled as in training.
-_SHORT_COMPILATION = (
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-)
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_SHORT_COMPILATION))
+_SHORT_COMPILATION = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+# A process that finds one it does not know in XLA_FLAGS ends, and one that has compiled anything
+# reads them no more: another one tries them. Workers inherit what the first process sets.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        known = pool.apply(known_options, (_SHORT_COMPILATION,))
+    flags = (f"--{option}={str(value).lower()}" for option, value in known.items())
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags))
 
 
 @pytest.fixture(autouse=True)
