@@ -1,5 +1,6 @@
 """Common settings of all tests: two CPU devices, and where the shared files are."""
 
+import multiprocessing
 import os
 from pathlib import Path
 

@@ -1,0 +1,37 @@
+"""What the installed XLA is asked for: its flags and options differ between versions."""
+
+import logging
+import os
+
+import jax
+import pytest
+
+from ghn_jax import compilation
+from ghn_jax.compilation import executor_options, known_options, single_run_options
+
+UNKNOWN = {"xla_an_option_that_no_version_has": True}
+KNOWN = {"xla_backend_optimization_level": "0"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried():
+    compilation._is_known.cache_clear()
+
+
+def test_an_unknown_option_is_left_out_and_said_once(caplog):
+    with caplog.at_level(logging.WARNING, "ghn_jax"):
+        for _ in range(2):
+            assert known_options({**KNOWN, **UNKNOWN}) == KNOWN
+    (record,) = caplog.records
+    assert "xla_an_option_that_no_version_has" in record.getMessage()
+    assert jax.__version__ in record.getMessage()
+
+
+@pytest.mark.parametrize("options", [executor_options, single_run_options])
+def test_programs_are_compiled_with_what_is_asked_for(options):
+    assert "xla_backend_optimization_level" in options()
+    assert jax.jit(lambda x: x + 1, compiler_options=options())(1.0) == 2
+
+
+def test_these_tests_are_compiled_in_a_short_time():
+    assert "--xla_backend_optimization_level=0" in os.environ["XLA_FLAGS"]
