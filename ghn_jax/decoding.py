@@ -30,6 +30,18 @@ from ghn_jax.programs import Program
 _POSITIONS = 64
 
 
+_KERNEL = ("fc", "conv_0", "conv_1")
+_VECTOR = ("vector_0", "vector_1")
+_READS = {  # parameters of `decoder.Decoder` that its methods read
+    "kernel": _KERNEL,
+    "depthwise": _KERNEL,
+    "position": _KERNEL,
+    "classifier": (*_KERNEL, "class_kernel"),
+    "vector": _VECTOR,
+    "classifier_bias": (*_VECTOR, "class_bias"),
+}
+
+
 class Chunk(NamedTuple):
     """Nodes that are decoded together.
 
@@ -137,25 +149,61 @@ class TilePrograms:
         specs = self._params, _specs(self.engine, graph)
         return self.engine.program(("encode", self.ghn), encode, specs)
 
-    def encode_backward(self, graph: jraph.GraphsTuple) -> Program:
-        """(params, graph, decoder's gradient, cotangent of states) -> (P,) gradient, flat."""
+    def encode_backward(self, graph: jraph.GraphsTuple, workers: int) -> Program:
+        """(params, graph, each worker's sums of `decode_backward`) -> (P,) gradient, flat."""
 
-        def encode_backward(params, graph, ddecoder, dstates):
+        def encode_backward(params, graph, sums):
             _, vjp = jax.vjp(lambda p: self.ghn.apply({"params": p}, graph), params)
+            ddecoder, dstates = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), sums)
             (dparams,) = vjp(dstates)
-            added = jax.tree.map(jnp.add, dparams["decoder"], ddecoder)
-            return ravel_pytree({**dparams, "decoder": added})[0]
+            # The encoder does not read the decoder's parameters.
+            return ravel_pytree({**dparams, "decoder": ddecoder})[0]
 
-        states = self._states(len(graph.nodes["primitive"]))
-        specs = self._params, _specs(self.engine, graph), self._params["decoder"], states
+        sums = self._params["decoder"], self._states(len(graph.nodes["primitive"]))
+        specs = self._params, _specs(self.engine, graph), (sums,) * workers
         return self.engine.program(("encode backward", self.ghn), encode_backward, specs)
 
-    def _decode(self, params, states, nodes, kind) -> jax.Array:
-        """(n, ...) tiles."""
+    def _decode(self, params, part, states, nodes, kind: TileKind) -> jax.Array:
+        """(n, ...) tiles, from the part of the decoder's parameters that the kind reads."""
         ghn = self.ghn
-        decoder = Decoder(ghn.features, ghn.max_shape, ghn.num_classes)
+        shape = (*ghn.max_shape[:2], kind.height, kind.width)
+        decoder = Decoder(ghn.features, shape, ghn.num_classes)
+        params = {**params, "fc": self._fc(params, kind), **part}
         tiles = decoder.apply({"params": params}, states[jnp.maximum(nodes, 0)], kind)
         return squash(tiles, kind, jnp) if ghn.normalise else tiles
+
+    def _part(self, params, kind: TileKind):
+        """What a kind of tile reads of the decoder's parameters: of `fc`, its positions only."""
+        part = {name: params[name] for name in _READS[kind.decoder]}
+        return {**part, "fc": self._fc(params, kind)} if "fc" in part else part
+
+    def _fc(self, params, kind: TileKind):
+        def positions(x):
+            x = self._positions(x)[..., : kind.height, : kind.width]
+            return x.reshape(*x.shape[:-3], -1)
+
+        return jax.tree.map(positions, params["fc"])
+
+    def _positions(self, x: jax.Array) -> jax.Array:
+        """(..., mid * height * width) -> (..., mid, height, width)."""
+        return x.reshape(*x.shape[:-1], -1, *self.ghn.max_shape[2:])
+
+    def _add(self, sums, part, kind: TileKind):
+        """Adds the cotangents of `_part` to those of all parameters, in place."""
+        sums = dict(sums)
+        for name, gradient in part.items():
+            if name == "fc":
+
+                def add(total, g):
+                    positions = self._positions(total)
+                    g = g.reshape(*positions.shape[:-2], kind.height, kind.width)
+                    added = positions.at[..., : kind.height, : kind.width].add(g)
+                    return added.reshape(total.shape)
+
+                sums[name] = jax.tree.map(add, sums[name], gradient)
+            else:
+                sums[name] = jax.tree.map(jnp.add, sums[name], gradient)
+        return sums
 
     def _chunk_specs(self, chunk: Chunk, n_node: int):
         nodes = (chunk.nodes.shape, jnp.dtype(jnp.int32), self.engine.whole)
@@ -166,7 +214,7 @@ class TilePrograms:
         kind = chunk.kind
 
         def decode(params, states, nodes):
-            tiles = self._decode(params, states, nodes, kind)
+            tiles = self._decode(params, self._part(params, kind), states, nodes, kind)
             return tuple(tiles[i] for i in range(len(nodes)))
 
         return self.engine.program(
@@ -182,10 +230,12 @@ class TilePrograms:
         kind = chunk.kind
 
         def decode_backward(params, states, nodes, dtiles, sums):
-            _, vjp = jax.vjp(lambda p, s: self._decode(p, s, nodes, kind), params, states)
+            part = self._part(params, kind)
+            _, vjp = jax.vjp(lambda p, s: self._decode(params, p, s, nodes, kind), part, states)
             g = jnp.stack(dtiles)
             unused = (nodes < 0).reshape(-1, *[1] * (g.ndim - 1))
-            return jax.tree.map(jnp.add, sums, vjp(jnp.where(unused, 0, g)))
+            dpart, dstates = vjp(jnp.where(unused, 0, g))
+            return self._add(sums[0], dpart, kind), sums[1] + dstates
 
         params, states, nodes = self._chunk_specs(chunk, n_node)
         tile = (_tile_shape(self.ghn, kind), jnp.dtype(jnp.float32), self.engine.whole)

@@ -108,6 +108,7 @@ class Engine:
         self.whole, self.split = (NamedSharding(self.mesh, spec) for spec in (P(), P(DATA)))
         self.kernels = cpu_kernels if devices[0].platform == "cpu" else kernels
         self.dtype = jnp.dtype(dtype)
+        self._options = program_options(devices[0])
         self.programs = Programs() if programs is None else programs
 
     # --- Programs ---------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class Engine:
             avals = [jax.ShapeDtypeStruct(s, d, sharding=where) for s, d, where in leaves]
             jitted = jax.jit(function, out_shardings=outputs, donate_argnums=donate)
             lowered = jitted.lower(*jax.tree.unflatten(tree, avals))
-            return lowered.compile(compiler_options=program_options(self.mesh.devices.flat[0]))
+            return lowered.compile(compiler_options=self._options)
 
         return self.programs.get(key, make)
 

@@ -99,6 +99,7 @@ class MetaStep:
         here = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
         self.engine = Engine(here, dtype=dtype)
         self.seed, self.workers = seed, workers
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers, "network")
         self.form = Tiles(ghn)
         self._init = jax.jit(self._make_state, out_shardings=self.replicated)
         self._apply = jax.jit(self._apply_gradient, donate_argnums=0, out_shardings=self.replicated)
@@ -123,6 +124,7 @@ class MetaStep:
     def close(self) -> None:
         """Compiles nothing more."""
         self.engine.programs.close()
+        self._pool.shutdown()
 
     # --- Before an update -------------------------------------------------------------------------
 
@@ -144,6 +146,8 @@ class MetaStep:
                 f"{images} images cannot be divided between {columns} devices; allowed: a multiple"
             )
         n_node = len(batch.graph.nodes["primitive"])
+        # The largest first: they take longest to compile.
+        encode_backward = self._tiles.encode_backward(batch.graph, self.workers)
         encode = self._tiles.encode(batch.graph)
         decode = tuple(self._tiles.decode(chunk, n_node) for chunk in batch.chunks)
         networks = tuple(
@@ -154,9 +158,7 @@ class MetaStep:
         )
         self._loss(images)
         back = tuple(self._tiles.decode_backward(chunk, n_node) for chunk in batch.chunks)
-        return Update(
-            batch, networks, encode, decode, back, self._tiles.encode_backward(batch.graph)
-        )
+        return Update(batch, networks, encode, decode, back, encode_backward)
 
     def _loss(self, images: int) -> Program:
         """(logits, labels, weight) -> (2,) loss and accuracy times weight, cotangent of logits."""
@@ -189,12 +191,35 @@ class MetaStep:
         """Node states, and the tiles of each network."""
         batch = update.batch
         states = update.encode(params, batch.graph)
+
+        def decode(i):
+            return update.decode[i](params["decoder"], states, batch.chunks[i].nodes)
+
         tiles: list[dict[str, Arrays]] = [{} for _ in batch.members]
-        for chunk, decode in zip(batch.chunks, update.decode, strict=True):
-            found = decode(params["decoder"], states, chunk.nodes)
-            for (member, name), tile in zip(chunk.owners, found, strict=False):
+        found = self._share(decode, len(batch.chunks))
+        for chunk, arrays in zip(batch.chunks, found, strict=True):
+            for (member, name), tile in zip(chunk.owners, arrays, strict=False):
                 tiles[member][name] = (tile,)
         return states, tiles
+
+    def _share(self, function, count: int) -> list:
+        """`function(i)` for i below a count, by all workers."""
+        if self.workers == 1:
+            return [function(i) for i in range(count)]
+        return list(self._pool.map(function, range(count)))
+
+    def _decode_backward(self, update: Update, params, states, dtiles, worker: int):
+        """The sums of a worker's share of the chunks."""
+        batch = update.batch
+        sums = self._zeros(len(batch.graph.nodes["primitive"]))
+        for i in range(worker, len(batch.chunks), self.workers):
+            chunk = batch.chunks[i]
+            given = [dtiles[member].pop(name)[0] for member, name in chunk.owners]
+            given += given[:1] * (len(chunk.nodes) - len(given))
+            sums = update.decode_backward[i](
+                params["decoder"], states, chunk.nodes, tuple(given), sums
+            )
+        return sums
 
     def _run(self, network: Network, tiles: dict[str, Arrays], images, labels, seed, weight):
         """(2,) loss and accuracy of a network, and the cotangents of its tiles."""
@@ -225,20 +250,16 @@ class MetaStep:
             own, tiles[i] = tiles[i], None
             return self._run(update.networks[i], own, images, labels, seed, weight)
 
-        if self.workers > 1:
-            with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
-                # Long ones first, so that nobody waits for them at the end.
-                order = sorted(range(len(batch.members)), key=lambda i: -len(batch.plans[i].steps))
-                futures = {i: pool.submit(run, i) for i in order}
-                results = [futures[i].result() for i in range(len(order))]
-        else:
-            results = [run(i) for i in range(len(batch.members))]
-        sums = self._zeros(len(batch.graph.nodes["primitive"]))
-        for chunk, backward in zip(batch.chunks, update.decode_backward, strict=True):
-            dtiles = [results[member][1].pop(name)[0] for member, name in chunk.owners]
-            dtiles += dtiles[:1] * (len(chunk.nodes) - len(dtiles))
-            sums = backward(params["decoder"], states, chunk.nodes, tuple(dtiles), sums)
-        gradient = update.encode_backward(params, batch.graph, *sums)
+        # Long ones first, so that nobody waits for them at the end.
+        order = sorted(range(len(batch.members)), key=lambda i: -len(batch.plans[i].steps))
+        ran = dict(zip(order, self._share(lambda k: run(order[k]), len(order)), strict=True))
+        results = [ran[i] for i in range(len(order))]
+        dtiles = [gradient for _, gradient in results]
+        sums = self._share(
+            lambda worker: self._decode_backward(update, params, states, dtiles, worker),
+            self.workers,
+        )
+        gradient = update.encode_backward(params, batch.graph, tuple(sums))
         return [totals for totals, _ in results], gradient
 
     def logits(self, params, update: Update, images: jax.Array) -> list[jax.Array]:
