@@ -14,10 +14,13 @@ from ghn_jax.architecture import DARTS, PDARTS, VIT, Architecture, Genotype
 from ghn_jax.batch_statistics import apply_on_batch, average_statistics
 from ghn_jax.checkpoint import load_ghn, save_ghn
 from ghn_jax.counts import count_flops, count_parameters
+from ghn_jax.engine import Engine
 from ghn_jax.evaluation_sets import evaluation_set
 from ghn_jax.ghn import GHN, ghn1, mlp_baseline
 from ghn_jax.graph import PRIMITIVES, Graph, build_graph, pad_graphs
+from ghn_jax.meta_loss import meta_loss
 from ghn_jax.network import build_network
+from ghn_jax.network_training import NetworkTraining
 from ghn_jax.precision import to_bfloat16
 from ghn_jax.prediction import predict
 from ghn_jax.reinitialise import add_noise, orthogonalise
@@ -38,8 +41,10 @@ __all__ = [
     "VIT",
     "Architecture",
     "DisconnectedError",
+    "Engine",
     "Genotype",
     "Graph",
+    "NetworkTraining",
     "ParameterReport",
     "PredictionReport",
     "Rules",
@@ -56,6 +61,7 @@ __all__ = [
     "ghn1",
     "load_ghn",
     "load_torch_ghn",
+    "meta_loss",
     "mlp_baseline",
     "model_graph",
     "orthogonalise",

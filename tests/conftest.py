@@ -8,34 +8,32 @@ import jax
 import pytest
 
 from ghn_jax import engine
-from ghn_jax.compilation import program_options, single_run_options
+from ghn_jax.compilation import known_options, single_run_options
 
 # Before JAX starts: what is sharded runs on two devices, on any machine.
 jax.config.update("jax_num_cpu_devices", 2)
 
 # Nearly every program here is compiled to run once: in half the time with these settings. The
-# engine's have options of their own; they are compiled as in training where a test says so.
-_SHORT_COMPILATION = (
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-)
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_SHORT_COMPILATION))
+# engine's have options of their own, which `engine_for_a_single_run` replaces.
+_SHORT_COMPILATION = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+# A process that finds one it does not know in XLA_FLAGS ends, and one that has compiled anything
+# reads them no more: another one tries them. Workers inherit what the first process sets.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        known = pool.apply(known_options, (_SHORT_COMPILATION,))
+    flags = (f"--{option}={str(value).lower()}" for option, value in known.items())
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def engine_for_a_single_run():
-    """The engine's programs are compiled as all others are."""
+    """The engine's programs are compiled as all others are; as in training in `test_mesh.py`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "program_options", lambda device: single_run_options())
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def compiled_as_in_training():
-    """The engine's programs are compiled as in training, for a whole file that asks for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "program_options", program_options)
         yield
 
 

@@ -1,7 +1,8 @@
 """One process of the runs that `test_mesh.py` starts; its program is the tests' own.
 
-python tests/mesh_process.py update MESH OUT.npz    one update on 8 CPU devices
-python tests/mesh_process.py train DEVICES ...      train_ghn.py on that many CPU devices
+python tests/mesh_process.py update DEVICES OUT.npz [COORDINATOR ID PROCESSES]
+                                       one update on that many CPU devices of each process
+python tests/mesh_process.py train DEVICES ...     train_ghn.py on that many CPU devices
 """
 
 import sys
@@ -15,42 +16,41 @@ import optax
 import test_training
 import train_ghn
 
-from ghn_jax.mesh import make_mesh
+from ghn_jax.mesh import join_processes, make_mesh
 from ghn_jax.metastep import MetaStep
 
 # Half of them with two fully connected layers: dropout.
 ARCHITECTURES = [a.replace(fc_layers=1 + i % 2) for i, a in enumerate(test_training.ARCHITECTURES)]
 
 
-def update(mesh: str, out: str) -> None:
-    """Saves loss, accuracy, gradient and number of programs compiled of one update."""
-    jax.config.update("jax_num_cpu_devices", 8)
-    compiled = []  # loading what another row has compiled is no compiling
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: event.endswith("backend_compile_duration") and compiled.append(1)
-    )
-    mesh = make_mesh(devices=jax.devices()[:1]) if mesh == "one" else make_mesh(mesh)
+def update(devices: str, out: str, *launch: str) -> None:
+    """Saves loss, accuracy and gradient of one update."""
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    if launch:
+        join_processes(launch[0], *map(int, launch[1:]))
+    mesh = make_mesh()
     step = MetaStep(test_training.GHN_, optax.sgd(1.0), mesh=mesh)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(8, test_training.SIZE, test_training.SIZE, 3)).astype(np.float32)
     labels = rng.integers(0, 10, 8).astype(np.int32)
-    batch = test_training.meta_batch(ARCHITECTURES, n_groups=mesh.shape["arch"])
+    share = jax.process_index(), jax.process_count()
+    batch = test_training.meta_batch(ARCHITECTURES, share=share)
     state = step.init(0)
     before = jax.tree.map(np.asarray, state.params)
-    after, metrics = step(state, batch, images, labels)
+    after, metrics = step(state, step.prepare(batch, 8), images, labels)
     gradient = jax.tree.map(lambda a, b: a - np.asarray(b), before, after.params)
-    np.savez(
-        out,
-        *jax.tree.leaves(gradient),
-        loss=metrics.loss,
-        top1=metrics.top1,
-        compiled=len(compiled),
-        programs=step._programs.count,
-    )
+    if jax.process_index() == 0:
+        np.savez(
+            out,
+            *jax.tree.leaves(gradient),
+            loss=metrics.loss,
+            top1=metrics.top1,
+            mesh=[*mesh.shape.values()],
+        )
 
 
 def train(devices: str, *arguments: str) -> None:
-    """Runs the training program on architectures of one bucket."""
+    """Runs the training program on small architectures."""
     jax.config.update("jax_num_cpu_devices", int(devices))
     train_ghn.architecture_source = lambda *_: lambda i: ARCHITECTURES[i % 8]
     train_ghn.main(list(arguments))

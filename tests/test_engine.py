@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from definition import unit_by_unit
 from jax.flatten_util import ravel_pytree
 
 from ghn_jax.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
 from ghn_jax.decoding import TilePrograms, Tiles, make_chunks
 from ghn_jax.engine import Engine, tree_of, weights_of
 from ghn_jax.ghn import GHN
-from ghn_jax.graph import Graph, build_graph, pad_graphs
+from ghn_jax.graph import PRIMITIVES, Graph, build_graph, pad_graphs
 from ghn_jax.kernels import concatenate
 from ghn_jax.network import Network, build_network
-from ghn_jax.operations import NormSum, Unit
-from ghn_jax.parameters import named_tree, node_tensors, tile_kind
+from ghn_jax.operations import NormSum
+from ghn_jax.parameters import named_tree, node_tensors, squash, tile_kind, tile_tensors
 from ghn_jax.plan import Plan, make_plan
 from ghn_jax.programs import Programs
 from ghn_jax.sampling import RULES, SPLITS, sample_architecture
@@ -159,7 +160,7 @@ TILED = choose(
         *("msa, normal cell", "stem vit, norm True", "cse, stride 1", "conv_7x1_1x7, stride 1"),
         *("sep_conv_3x3, stride 1", "dil_conv_5x5, stride 2", "skip_connect, stride 2"),
         *("glob_avg False, fc_layers 1", "glob_avg True, fc_layers 2"),
-        *("glob_avg False, fc_layers 2", "stem_type 1, ks 7", "zeros in the input"),
+        *("glob_avg False, fc_layers 2", "stem_type 1, ks 7"),
     },
     0,
 )
@@ -202,17 +203,25 @@ def random_tiles(case: Case, ghn: GHN = SMALL) -> dict[str, np.ndarray]:
     return tiles
 
 
-def params_of(case: Case, tiles: dict[str, jax.Array], xp=np, normalise: bool = True) -> dict:
+@functools.partial(jax.jit, static_argnums=range(4))
+def compiled_tensors(primitive, shape, kind, normalise: bool, tile) -> dict:
+    """`node_tensors`, compiled once for all nodes that are alike."""
+    tile = squash(tile, kind, jnp) if normalise else tile
+    return tile_tensors(primitive, shape, kind, tile, normalise, jnp)
+
+
+def params_of(case: Case, tiles: dict, compiled: bool = False, normalise: bool = True) -> dict:
     """The module's parameters from tiles."""
     graph = case.graph
     nodes = {name: node for node, name in enumerate(graph.names)}
-    return named_tree(
-        graph,
-        {
-            nodes[name]: node_tensors(graph, nodes[name], xp.asarray(tile), normalise, xp)
-            for name, tile in tiles.items()
-        },
-    )
+
+    def tensors(node, tile):
+        if not compiled:
+            return node_tensors(graph, node, tile, normalise, np)
+        primitive, shape = PRIMITIVES[graph.primitives[node]], graph.param_shapes[node]
+        return compiled_tensors(primitive, tuple(shape), tile_kind(graph, node), normalise, tile)
+
+    return named_tree(graph, {nodes[n]: tensors(nodes[n], tile) for n, tile in tiles.items()})
 
 
 def walk(engine: Engine, plan: Plan, weights, *, form=None, images=IMAGES, seed=None):
@@ -228,21 +237,15 @@ def walk(engine: Engine, plan: Plan, weights, *, form=None, images=IMAGES, seed=
     return logits, gradient
 
 
-# The definition of each unit, compiled for itself: in less time than operation by operation.
-COMPILED = {unit: jax.jit(unit.apply, static_argnums=0) for unit in Unit.__subclasses__()}
-
-
 def module_walk(case: Case, params, images=IMAGES, tiles: bool = False, **options):
     """The same by the Flax module; with `tiles`, parameters are made from them."""
     normalise = options.pop("normalise", True)
 
     def run(params):
-        made = params_of(case, params, jnp, normalise) if tiles else params
+        made = params_of(case, params, True, normalise) if tiles else params
         return case.network.apply({"params": made}, images, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        for unit, apply in COMPILED.items():
-            patch.setattr(unit, "apply", apply)
+    with unit_by_unit():
         logits, vjp = jax.vjp(run, params)
         return logits, vjp(COTANGENT[: len(images)])[0]
 
@@ -297,12 +300,24 @@ def check(case: Case, engine: Engine, images=IMAGES):
     assert_is_module(case, (logits, tree_of(case.plan, gradient)), params, images)
 
 
+def squashed(tiles: dict[str, np.ndarray], case: Case, ghn: GHN) -> dict[str, jax.Array]:
+    """Tiles of vectors, as they are where they have been decoded."""
+    nodes = {name: node for node, name in enumerate(case.graph.names)}
+    return {
+        name: squash(jnp.asarray(tile), tile_kind(case.graph, nodes[name]), jnp)
+        if ghn.normalise
+        else jnp.asarray(tile)
+        for name, tile in tiles.items()
+    }
+
+
 def check_tiles(case: Case, engine: Engine, ghn: GHN = SMALL, scale: float = 1.0):
     """With tiles as parameters."""
     tiles = {name: scale * tile for name, tile in random_tiles(case, ghn).items()}
-    weights = {name: (tile,) for name, tile in tiles.items()}
+    ready, vjp = jax.vjp(lambda tiles: squashed(tiles, case, ghn), tiles)
+    weights = {name: (tile,) for name, tile in ready.items()}
     logits, gradient = walk(engine, case.plan, weights, form=Tiles(ghn))
-    gradient = {name: tile for name, (tile,) in gradient.items()}
+    (gradient,) = vjp({name: tile for name, (tile,) in gradient.items()})
     assert_is_module(case, (logits, gradient), tiles, tiles=True, normalise=ghn.normalise)
 
 
@@ -492,7 +507,7 @@ def test_equal_units_of_other_architectures_are_the_same_programs():
     try:
         engine = Engine(programs=programs)
         new = []
-        for genotype, n_cells in ((first, 6), (other, 6), (first, 9)):
+        for genotype, n_cells in ((first, 9), (other, 9), (first, 12)):
             before = len(programs)
             arch = Architecture(genotype, n_cells, C=8)
             engine.prepare(Case.of(arch).plan, BATCH, gradient=True)
@@ -500,7 +515,7 @@ def test_equal_units_of_other_architectures_are_the_same_programs():
         assert new[0] > 10
         assert new[1:] == [0, 0]
         # Of other numbers of images, and other widths, all are.
-        engine.prepare(Case.of(Architecture(first, 6, C=8)).plan, BATCH + 1, gradient=True)
+        engine.prepare(Case.of(Architecture(first, 9, C=8)).plan, BATCH + 1, gradient=True)
         assert len(programs) == 2 * new[0]
     finally:
         programs.close()
@@ -547,49 +562,45 @@ def test_chunks_hold_every_node_once():
 
 def test_tiles_of_chunks_are_those_of_their_nodes(engine):
     """Decoding in chunks is decoding; gradients too, whatever stands where a chunk has no node."""
-    ghn = GHN(max_shape=(12, 16, 7, 7))
-    graphs = [Case.of(Architecture(EXCITE, n)).graph for n in (4, 14)]
-    params = ghn.init_variables(0)["params"]
-    graph = pad_graphs(graphs)
+    ghn = GHN(max_shape=(12, 16, 3, 3))
+    edges = (("conv_1x1", 0), ("sep_conv_3x3", 1))
+    arch = Architecture(Genotype(edges, (2,), edges, (2,)), 3, C=8)
+    graphs = [Case.of(arch.replace(n_cells=n)).graph for n in (3, 14)]
+    params, graph = ghn.init_variables(0)["params"], pad_graphs(graphs)
+    encode = jax.jit(lambda params: ghn.apply({"params": params}, graph))
     n_node = len(graph.nodes["primitive"])
     programs = TilePrograms(ghn, engine, params)
     states = programs.encode(graph)(params, graph)
-    np.testing.assert_allclose(states, ghn.apply({"params": params}, graph), rtol=0, atol=1e-5)
+    assert_close(states, encode(params), 1e-5)
     chunks = make_chunks(graphs)
     assert any(len(c.owners) < len(c.nodes) for c in chunks)
     assert len({c.kind for c in chunks}) < len(chunks)  # more nodes of a kind than a chunk has
-    tiles, sums = [], jax.tree.map(jnp.zeros_like, (params["decoder"], states))
-    cotangents = []
-    for chunk in chunks:
-        tiles.append(programs.decode(chunk, n_node)(params["decoder"], states, chunk.nodes))
-        shape, count = tiles[-1][0].shape, len(chunk.nodes)
-        cotangents.append(list(random(count, *shape, seed=len(tiles))))
-        backward = programs.decode_backward(chunk, n_node)
-        unused = [np.full(shape, np.nan, np.float32)] * (count - len(chunk.owners))
-        given = (*cotangents[-1][: len(chunk.owners)], *unused)
-        sums = backward(params["decoder"], states, chunk.nodes, given, sums)
 
-    @jax.jit
-    def expected(params, states):
+    @functools.partial(jax.jit, static_argnums=3)
+    def expected(params, states, nodes, kind, cotangent):
         def decode(params, states):
-            return [
-                ghn.apply(
-                    {"params": params}, states[c.nodes[: len(c.owners)]], c.kind, method="decode"
-                )
-                for c in chunks
-            ]
+            tiles = ghn.apply({"params": params}, states[nodes], kind, method="decode")
+            return squash(tiles, kind, jnp)
 
-        found, vjp = jax.vjp(decode, params, states)
-        given = [jnp.stack(g[: len(c.owners)]) for g, c in zip(cotangents, chunks, strict=True)]
-        return found, vjp(given)
+        tiles, vjp = jax.vjp(decode, params, states)
+        return tiles, vjp(cotangent)
 
-    found, (dparams, dstates) = expected(params, states)
-    for actual, tile in zip(tiles, found, strict=True):
-        assert_close(jnp.stack(actual[: len(tile)]), tile, 1e-5)
-    assert_close(sums, (dparams["decoder"], dstates), 1e-4)
+    # Of two workers.
+    sums = [jax.tree.map(jnp.zeros_like, (params["decoder"], states)) for _ in range(2)]
+    total = jax.tree.map(jnp.zeros_like, (params, states))
+    for i, chunk in enumerate(chunks):
+        tiles = programs.decode(chunk, n_node)(params["decoder"], states, chunk.nodes)
+        count, shape = len(chunk.owners), tiles[0].shape
+        cotangent = random(count, *shape, seed=i)
+        unused = [np.full(shape, np.nan, np.float32)] * (len(tiles) - count)
+        backward, given = programs.decode_backward(chunk, n_node), (*cotangent, *unused)
+        sums[i % 2] = backward(params["decoder"], states, chunk.nodes, given, sums[i % 2])
+        found, more = expected(params, states, chunk.nodes[:count], chunk.kind, cotangent)
+        assert_close(jnp.stack(tiles[:count]), found, 1e-5)
+        total = jax.tree.map(jnp.add, total, more)
+    added = jax.tree.map(jnp.add, *sums)
+    assert_close(added, (total[0]["decoder"], total[1]), 1e-4)
     # And on to the encoder.
-    gradient = programs.encode_backward(graph)(params, graph, *sums)
-    _, vjp = jax.vjp(lambda p: ghn.apply({"params": p}, graph), params)
-    (encoder,) = vjp(sums[1])
-    whole = ravel_pytree({**encoder, "decoder": sums[0]})[0]
-    assert_close(gradient, whole, 1e-4)
+    gradient = programs.encode_backward(graph, 2)(params, graph, tuple(sums))
+    (encoder,) = jax.jit(lambda p, g: jax.vjp(encode, p)[1](g))(params, total[1])
+    assert_close(gradient, ravel_pytree(jax.tree.map(jnp.add, encoder, total[0]))[0], 1e-4)

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from definition import unit_by_unit
 
 from ghn_jax import evaluation
 from ghn_jax.architecture import DARTS, VIT, Architecture
 from ghn_jax.checkpoint import save_ghn
+from ghn_jax.engine import Engine
 from ghn_jax.evaluation import (
     evaluate_ghn,
     evaluate_network,
@@ -24,6 +26,13 @@ from ghn_jax.images import Images, eval_batches, load_images
 from ghn_jax.network import build_network
 
 SMALL = GHN(max_shape=(16, 16, 11, 11))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    found = Engine()
+    yield found
+    found.programs.close()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +75,7 @@ def test_equal_and_infinite_logits_are_never_right(digits):
         assert result.top1 == 0
 
 
-def test_batch_norm_uses_the_statistics_of_each_batch(digits):
+def test_batch_norm_uses_the_statistics_of_each_batch(digits, engine):
     arch = Architecture(DARTS, 3, C=8)
     network = build_network(arch, 10, 16)
     params = random_parameters(network, 16, seed=0)
@@ -74,10 +83,11 @@ def test_batch_norm_uses_the_statistics_of_each_batch(digits):
     batches = list(eval_batches(digits, 64))
     for images, labels in batches:
         full = np.concatenate([images, batches[0][0]])[:64]  # the last one is not full
-        logits = network.apply({"params": params}, full)[: len(labels)]
+        with unit_by_unit():
+            logits = network.apply({"params": params}, full)[: len(labels)]
         right += (logits.argmax(1) == labels).sum()
     assert len(labels) not in (32, 64)
-    (result,) = evaluate_network(network, params, images=digits)
+    (result,) = evaluate_network(network, params, images=digits, engine=engine)
     assert result.top1 == pytest.approx(float(right) / len(digits), abs=1e-3)
 
 
@@ -113,7 +123,8 @@ def test_random_parameters_are_distributed_as_the_modules_own():
     for arch in (Architecture(DARTS, 4, C=16), Architecture(VIT, 3, C=32)):
         network = build_network(arch, 10, 16)
         ours = random_parameters(network, 16, seed=0)
-        theirs = jax.jit(network.init)(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))["params"]
+        with unit_by_unit():
+            theirs = network.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))["params"]
         for (path, a), b in zip(
             jax.tree_util.tree_flatten_with_path(ours)[0], jax.tree.leaves(theirs), strict=True
         ):
@@ -126,11 +137,13 @@ def test_random_parameters_are_distributed_as_the_modules_own():
                 )
 
 
-def test_a_record_for_each_architecture(digits):
+def test_a_record_for_each_architecture(digits, engine):
     variables = SMALL.init_variables(0)
     nets = [(name, arch) for name, arch in named_architectures(8, n_cells=3).items()][:2]
     seen = []
-    records = evaluate_ghn(SMALL, variables, nets, digits, compare_random=True, report=seen.append)
+    options = {"compare_random": True, "engine": engine, "report": seen.append}
+    records = evaluate_ghn(SMALL, variables, nets, digits, **options)
+    programs = len(engine.programs)
     assert seen == records
     assert [r["name"] for r in records] == ["DARTS", "PDARTS"]
     for record, (_, arch) in zip(records, nets, strict=True):
@@ -140,8 +153,10 @@ def test_a_record_for_each_architecture(digits):
         assert 0 <= record["top1_random"] <= 1
         params = SMALL.predict(variables, arch, image_size=16)
         assert record["parameters"] == sum(x.size for x in jax.tree.leaves(params))
-        (again,) = evaluate_network(build_network(arch, 10, 16), params, images=digits)
+        network = build_network(arch, 10, 16)
+        (again,) = evaluate_network(network, params, images=digits, engine=engine)
         assert again.top1 == record["top1"]
+    assert len(engine.programs) == programs
     json.dumps(records)
 
 

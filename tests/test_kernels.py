@@ -1,15 +1,13 @@
-"""The executor's array operations and their hand-written gradients against Lax's and Flax's."""
+"""The fast forms of array operations and their gradients by hand against the definitions."""
 
 import functools
+import inspect
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
-from ghn_jax import kernels
+from ghn_jax import cpu_kernels, kernels
 
 CHANNELS, FEATURES = 6, 5
 SIZES = (2, 7, 8)  # smaller than kernels, odd, even
@@ -23,24 +21,20 @@ def images(size: int) -> np.ndarray:
     return random(3, size, size + 3, CHANNELS)  # not square
 
 
-def reference_conv(x, w, strides, dilation=1, groups=1):
-    pads = [(dilation * (k - 1) // 2,) * 2 for k in w.shape[:2]]
-    return lax.conv_general_dilated(
-        x, w, strides, pads, rhs_dilation=(dilation,) * 2, feature_group_count=groups,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+def assert_same(name, args, *options):
+    """Equal values and equal gradients with respect to every array."""
 
-
-def assert_same(function, reference, *args):
-    """Equal values and equal gradients with respect to every argument."""
+    def call(function, *args):
+        return function(*args, *options)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(f, *args):
         y, vjp = jax.vjp(f, *args)
         return y, *vjp(random(*y.shape, seed=1))
 
-    results = run(function, *args), run(reference, *args)
-    for actual, expected in zip(*results, strict=True):
+    functions = (getattr(module, name) for module in (cpu_kernels, kernels))
+    results = [run(functools.partial(call, f), *args) for f in functions]
+    for actual, expected in zip(*map(jax.tree.leaves, results), strict=True):
         assert actual.shape == expected.shape
         scale = max(np.abs(expected).max(), 1e-3)
         np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-5)
@@ -55,29 +49,26 @@ def assert_same(function, reference, *args):
 )
 def test_conv(size, kernel, strides):
     w = random(*kernel, CHANNELS, FEATURES, seed=2)
-    assert_same(
-        lambda x, w: kernels.conv(x, w, strides),
-        lambda x, w: reference_conv(x, w, strides),
-        images(size), w,
-    )  # fmt: skip
+    assert_same("conv", (images(size), w), strides)
 
 
 @pytest.mark.parametrize("stride", [1, 4])
 def test_conv_of_images(stride):
     """From three channels to 32, which runs with four."""
-    x, w = random(2, 9, 8, 3), random(5, 5, 3, 32, seed=2)
-    assert_same(
-        lambda x, w: kernels.conv(x, w, (stride,) * 2),
-        lambda x, w: reference_conv(x, w, (stride,) * 2),
-        x, w,
-    )  # fmt: skip
+    assert_same("conv", (random(2, 9, 8, 3), random(5, 5, 3, 32, seed=2)), (stride, stride))
 
 
-def test_pointwise():
-    w = random(CHANNELS, FEATURES, seed=2)
-    assert_same(
-        kernels.pointwise, lambda x, w: reference_conv(x, w[None, None], (1, 1)), images(7), w
-    )
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("zeros", [(), (0,), (1,), (0, 2)])
+def test_pointwise(stride, zeros):
+    """Of parts, some of which are zeros."""
+    parts = [None if i in zeros else random(3, 7, 10, CHANNELS, seed=i) for i in range(3)]
+    w = random(1, 1, 3 * CHANNELS, FEATURES, seed=5)
+    assert_same("pointwise", (parts, w), stride)
+
+
+def test_pointwise_of_one_part():
+    assert_same("pointwise", ([images(7)], random(1, 1, CHANNELS, FEATURES, seed=2)), 1)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -85,92 +76,73 @@ def test_pointwise():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_depthwise(size, k, stride, dilation):
-    assert_same(
-        lambda x, w: kernels.depthwise(x, w, stride, dilation),
-        lambda x, w: reference_conv(x, w[:, :, None], (stride,) * 2, dilation, CHANNELS),
-        images(size), random(k, k, CHANNELS, seed=2),
-    )  # fmt: skip
-
-
-POOLING = ((3, 3), ((1, 1), (1, 1)))
+    assert_same("depthwise", (images(size), random(k, k, 1, CHANNELS, seed=2)), stride, dilation)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_avg_pool(size, stride):
-    window, padding = POOLING
-    assert_same(
-        lambda x: kernels.avg_pool(x, stride),
-        lambda x: nn.avg_pool(x, window, (stride,) * 2, padding, count_include_pad=False),
-        images(size),
-    )
+    assert_same("avg_pool", (images(size),), stride)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("ties", [False, True])
 def test_max_pool(size, stride, ties):
-    window, padding = POOLING
     x = images(size)
-    assert_same(
-        lambda x: kernels.max_pool(x, stride),
-        lambda x: nn.max_pool(x, window, (stride,) * 2, padding),
-        np.maximum(x, 0) if ties else x,  # after a ReLU, many values are equal
-    )
-
-
-def batch_norm(z, scale, bias):
-    mean, variance = z.mean((0, 1, 2)), z.var((0, 1, 2))
-    return (z - mean) * (scale * lax.rsqrt(variance + 1e-5)) + bias
-
-
-def test_batch_norm():
-    # Off-centre and of small variance: the mean and the epsilon matter.
-    z = 0.01 * images(7) + 0.1
-    vectors = random(CHANNELS, seed=2), random(CHANNELS, seed=3)
-    assert_same(
-        lambda z, a, b: kernels.batch_norm(z, a, b, jnp.array(True)), batch_norm, z, *vectors
-    )
-
-
-def test_batch_norm_is_flax_on_batch_statistics():
-    z, scale, bias = images(8), random(CHANNELS, seed=2), random(CHANNELS, seed=3)
-    module = nn.BatchNorm(use_running_average=False, epsilon=1e-5)
-    statistics = {"mean": np.zeros(CHANNELS), "var": np.ones(CHANNELS)}
-    variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": statistics}
-    expected, _ = module.apply(variables, z, mutable=["batch_stats"])
-    actual = kernels.batch_norm(z, scale, bias, jnp.array(True))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
-
-
-def test_batch_norm_off_is_the_identity():
-    vectors = random(CHANNELS, seed=2), random(CHANNELS, seed=3)
-    assert_same(
-        lambda z, a, b: kernels.batch_norm(z, a, b, jnp.array(False)),
-        lambda z, a, b: z + 0 * a + 0 * b,
-        images(7), *vectors,
-    )  # fmt: skip
-
-
-def test_one_program_switches_batch_norm():
-    """Whether there is batch norm is data: architectures with and without share a program."""
-    traces = []
-
-    @jax.jit
-    def run(z, scale, bias, on):
-        traces.append(0)
-        return kernels.batch_norm(z, scale, bias, on)
-
-    z, scale, bias = images(7), random(CHANNELS, seed=2), random(CHANNELS, seed=3)
-    assert not np.allclose(run(z, scale, bias, True), run(z, scale, bias, False))
-    assert len(traces) == 1
+    # After a ReLU, many values are equal.
+    assert_same("max_pool", (np.maximum(x, 0) if ties else x,), stride)
 
 
 def test_attend():
-    q, k, v = (random(2, 3, 5, 4, seed=i) for i in range(3))  # images, heads, positions, features
+    # Images, positions, heads, features.
+    assert_same("attend", [random(2, 5, 3, 4, seed=i) for i in range(3)])
 
-    def attend(q, k, v):
-        logits = jnp.einsum("bhid,bhjd->bhij", q, k) / 2  # the root of the features
-        return jnp.einsum("bhij,bhjd->bhid", nn.softmax(logits), v)
 
-    assert_same(kernels.attend, attend, q, k, v)
+def test_attention_by_hand():
+    """One head, two positions: what the definition is."""
+    q, k, v = (random(1, 2, 1, 4, seed=i) for i in range(3))
+    weights = np.exp(q[0, :, 0] @ k[0, :, 0].T / 2)  # the root of the features
+    expected = weights / weights.sum(1, keepdims=True) @ v[0, :, 0]
+    np.testing.assert_allclose(kernels.attend(q, k, v)[0, :, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["conv", "depthwise"])
+def test_convolutions_are_padded_as_in_pytorch(name):
+    """The middle of the kernel stands on the pixel, whatever the stride and the dilation."""
+    x, w = np.zeros((1, 9, 9, 1), np.float32), random(3, 3, 1, 1)
+    x[0, 4, 4] = 1
+    options = ((2, 2),) if name == "conv" else (2, 2)
+    reach = 1 if name == "conv" else 2
+    for module in (kernels, cpu_kernels):
+        y = np.asarray(getattr(module, name)(x, w, *options))[0, :, :, 0]
+        assert y.shape == (5, 5)
+        # The output pixel (i, j) stands on (2 i, 2 j).
+        expected = np.zeros((5, 5))
+        for i in range(5):
+            for j in range(5):
+                row, column = (4 - 2 * i) / (reach), (4 - 2 * j) / (reach)
+                if abs(row) <= 1 and abs(column) <= 1 and row % 1 == column % 1 == 0:
+                    expected[i, j] = w[int(row) + 1, int(column) + 1, 0, 0]
+        np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pools_by_hand(stride):
+    x = random(1, 5, 4, 1)
+    for module in (kernels, cpu_kernels):
+        largest, mean = (f(x, stride)[0, ..., 0] for f in (module.max_pool, module.avg_pool))
+        for i, j in np.ndindex(largest.shape):
+            a, b = i * stride, j * stride
+            window = x[0, max(a - 1, 0) : a + 2, max(b - 1, 0) : b + 2]
+            assert largest[i, j] == window.max()
+            assert mean[i, j] == pytest.approx(window.mean(), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in dir(kernels) if n[0] != "_"])
+def test_forms_have_the_same_signature(name):
+    functions = [getattr(module, name, None) for module in (kernels, cpu_kernels)]
+    if name in ("concatenate", "lax", "jax", "jnp", "nn", "Sequence", "annotations"):
+        return
+    first, second = (list(inspect.signature(f).parameters) for f in functions)
+    assert first == second

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from definition import unit_by_unit
 
 from ghn_jax.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
 from ghn_jax.counts import count_parameters
@@ -35,9 +36,10 @@ def shapes(arch, num_classes=10, image_size=32, train=False):
     network = build_network(arch, num_classes, image_size)
     images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
     rngs = dict(zip(("params", "dropout"), jax.random.split(jax.random.key(0)), strict=True))
-    logits, variables = jax.eval_shape(
-        functools.partial(network.init_with_output, train=train), rngs, images
-    )
+    with unit_by_unit():  # units that were traced before are not traced again
+        logits, variables = jax.eval_shape(
+            functools.partial(network.init_with_output, train=train), rngs, images
+        )
     assert set(variables) == {"params"}
     return jax.tree.map(lambda x: x.shape, variables["params"]), logits.shape
 
@@ -101,8 +103,11 @@ def test_logits(name):
     network = build_network(arch, image_size=16)
     images = np.random.default_rng(0).standard_normal((4, 16, 16, 3), dtype=np.float32)
     params = random_parameters(network, 16, seed=0)
-    loss = jax.jit(jax.grad(lambda p: jnp.square(network.apply({"params": p}, images)).sum()))
-    flat = jax.tree_util.tree_flatten_with_path(loss(params))[0]
+    with unit_by_unit():
+        gradients = jax.grad(lambda p: jnp.square(network.apply({"params": p}, images)).sum())(
+            params
+        )
+    flat = jax.tree_util.tree_flatten_with_path(gradients)[0]
     for path, gradient in flat:
         assert np.isfinite(gradient).all() and np.any(gradient), jax.tree_util.keystr(path)
 

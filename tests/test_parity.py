@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from ghn_jax import parity
-from ghn_jax.compilation import single_run_options
 from ghn_jax.parity import Report, check_folder, check_network, main, relative_error
 from ghn_jax.torch_ghn import load_torch_ghn
 
@@ -88,8 +87,7 @@ def test_a_spoiled_gradient_is_found(shared):
     # One of the three networks alone: its gradient is not the mean one.
     errors = parity.check_gradient(
         file, nets[1:2], *load_torch_ghn(folder / "random_ghn2_cifar10.pt"),
-        jnp.asarray(np.load(folder / "images.npy").transpose(0, 2, 3, 1)), parity._module_loss,
-        single_run_options(),
+        jnp.asarray(np.load(folder / "images.npy").transpose(0, 2, 3, 1)), parity._definition_step,
     )  # fmt: skip
     assert errors["gradient"] > parity.TOLERANCES["gradient"]
     assert errors["logits"] > parity.TOLERANCES["logits"]

@@ -1,8 +1,9 @@
 """Updates of the hypernetwork, the training program, and what it leaves on disk."""
 
 import dataclasses
-import itertools
 import json
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +11,23 @@ import numpy as np
 import optax
 import pytest
 import train_ghn
+from definition import unit_by_unit
 
-from ghn_jax.architecture import Architecture
+from ghn_jax.architecture import Architecture, Genotype
 from ghn_jax.checkpoint import load_ghn
 from ghn_jax.compilation import CompilationCounter
-from ghn_jax.executor.bucket import Bucket
-from ghn_jax.executor.program import make_plan
+from ghn_jax.engine import Engine
 from ghn_jax.ghn import GHN
+from ghn_jax.graph import pad_graphs
 from ghn_jax.images import load_images
 from ghn_jax.mesh import make_mesh
-from ghn_jax.metabatch import Stream, common_capacity, make_meta_batch
+from ghn_jax.meta_loss import meta_loss
+from ghn_jax.metabatch import Stream, make_meta_batch
 from ghn_jax.metastep import MetaStep
-from ghn_jax.network import build_network
+from ghn_jax.network import Network
+from ghn_jax.plan import make_plan
 from ghn_jax.presets import PRESETS, preset
+from ghn_jax.programs import Programs
 from ghn_jax.sampling import RULES, sample_architecture
 from ghn_jax.wiring import wire
 
@@ -33,20 +38,29 @@ RULES_ = dataclasses.replace(
 )
 
 
-def attention_networks(count: int) -> list[Architecture]:
-    """Architectures of one bucket, the one that compiles fastest."""
-    found, index = [], 0
-    while len(found) < count:
-        arch = sample_architecture("train", 7, index, rules=RULES_)
-        index += 1
-        if Bucket.of(wire(arch, image_size=SIZE)) == Bucket(8, 1, SIZE, "vit"):
-            # Dropout has a stream of random numbers of its own.
-            found.append(arch.replace(fc_layers=1))
-    return found
+def small_architectures(count: int, pool: int = 60) -> list[Architecture]:
+    """With attention and without; after the first of each, those that need the fewest programs."""
+    # Dropout has a stream of random numbers of its own.
+    found = [
+        sample_architecture("train", 7, i, rules=RULES_).replace(fc_layers=1) for i in range(pool)
+    ]
+    chosen, units = [], set()
+
+    def needed(arch):
+        plan = make_plan(wire(arch, image_size=SIZE))
+        return {(s.unit, plan.values[s.output], None in s.inputs) for s in plan.steps}
+
+    while len(chosen) < count:
+        # One with attention, one without, in turn.
+        some = [a for a in found if a.has_attention == (len(chosen) % 2 == 0)]
+        best = min(some, key=lambda arch: len(needed(arch) - units))
+        found.remove(best)
+        chosen.append(best)
+        units |= needed(best)
+    return chosen
 
 
-ARCHITECTURES = attention_networks(8)
-ROOM = common_capacity(make_plan(wire(arch, image_size=SIZE)).needed for arch in ARCHITECTURES)
+ARCHITECTURES = small_architectures(8)
 
 
 @pytest.fixture(scope="module")
@@ -63,120 +77,179 @@ def batch(digits):
 @pytest.fixture(scope="module")
 def sgd():
     """A step whose update is the gradient itself."""
-    return MetaStep(GHN_, optax.sgd(1.0))
+    step = MetaStep(GHN_, optax.sgd(1.0))
+    yield step
+    step.close()
 
 
-def meta_batch(architectures, capacity=ROOM, **options):
-    options |= {"image_size": SIZE, "capacity": capacity}
-    return make_meta_batch(GHN_, architectures, **options)
+def meta_batch(architectures, **options):
+    return make_meta_batch(GHN_, architectures, image_size=SIZE, **options)
 
 
-def test_an_update_is_the_gradient_of_the_mean_loss_of_the_modules(sgd, batch):
-    images, labels = batch
-    state = sgd.init(0)
+def update(step, architectures, images, labels, state=None):
+    """An update of a state, the first one if not given."""
+    prepared = step.prepare(meta_batch(architectures), len(images))
+    return step(state or step.init(0), prepared, images, labels)
 
-    def mean_loss(params):
-        losses = []
-        for arch in ARCHITECTURES[:2]:
-            predicted = GHN_.predict({"params": params}, arch, image_size=SIZE)
-            logits = build_network(arch, image_size=SIZE).apply({"params": predicted}, images)
-            losses.append(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean())
-        return sum(losses) / 2
 
-    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(state.params)
-    before = jax.tree.map(np.asarray, state.params)
-    # Each with arenas of its own size.
-    networks = meta_batch(ARCHITECTURES[:2], capacity=None)
-    after, metrics = sgd(state, networks, images, labels)
+def assert_same_update(step, one, other):
+    """States after an update by the gradient itself."""
+    start = step.init(0).params
+    for before, a, b in zip(*map(jax.tree.leaves, (start, one, other)), strict=True):
+        a, b, before = map(np.asarray, (a, b, before))
+        worst = np.abs(before - a).max()
+        np.testing.assert_allclose(before - b, before - a, rtol=1e-3, atol=1e-4 * worst)
+
+
+@pytest.fixture(scope="module")
+def expected(sgd, batch):
+    """Loss and gradient of the definition, with dropout in one of two networks."""
+    architectures = [ARCHITECTURES[0], ARCHITECTURES[1].replace(fc_layers=2)]
+    # The engine's key is of the run, the update and the network.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 1)
+    with unit_by_unit(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Network, "make_rng", lambda self, name: key)
+        result = jax.value_and_grad(
+            lambda p: meta_loss(GHN_, p, architectures, *batch, dropout=[key, key])
+        )(sgd.init(0).params)
+    return architectures, *result
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_an_update_is_the_gradient_of_the_mean_loss_of_the_modules(devices, sgd, batch, expected):
+    architectures, loss, grads = expected
+    step = sgd if devices == 1 else MetaStep(GHN_, optax.sgd(1.0), mesh=make_mesh())
+    before = jax.tree.map(np.asarray, step.init(0).params)
+    after, metrics = update(step, architectures, *batch)
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics.grad_norm) == pytest.approx(float(optax.global_norm(grads)), rel=1e-3)
     assert metrics.applied
     assert int(after.step) == 1
+    assert len(after.step.sharding.device_set) == devices
     worst = float(max(jnp.abs(g).max() for g in jax.tree.leaves(grads)))
     for old, new, grad in zip(*map(jax.tree.leaves, (before, after.params, grads)), strict=True):
         np.testing.assert_allclose(old - new, grad, rtol=1e-3, atol=1e-4 * worst)
+    if devices == 2:
+        _, alone = update(sgd, architectures, *batch)
+        assert float(metrics.top1) == float(alone.top1)
+        step.close()
 
 
-def test_workers_share_the_architectures_and_the_result_is_the_same(sgd, batch):
-    one, alone = sgd(sgd.init(0), meta_batch(ARCHITECTURES[:4]), *batch)
-    two, shared = sgd(sgd.init(0), meta_batch(ARCHITECTURES[:4], n_groups=2), *batch)
-    assert float(alone.loss) == pytest.approx(float(shared.loss), rel=1e-5)
+def test_workers_run_networks_at_once_and_the_result_is_the_same(sgd, batch, monkeypatch):
+    one, alone = update(sgd, ARCHITECTURES[:4], *batch)
+    step = MetaStep(GHN_, optax.sgd(1.0), workers=2)
+    step.engine.programs.close()
+    step.engine = step._tiles.engine = sgd.engine  # whose programs there are already
+    threads, forward = set(), sgd.engine.forward
+
+    def noted(*args, **options):
+        threads.add(threading.current_thread())
+        return forward(*args, **options)
+
+    monkeypatch.setattr(sgd.engine, "forward", noted)
+    two, shared = update(step, ARCHITECTURES[:4], *batch)
+    assert len(threads) == 2
+    assert float(alone.loss) == pytest.approx(float(shared.loss), rel=1e-6)
     assert float(alone.top1) == float(shared.top1)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-                 one.params, two.params)  # fmt: skip
+    assert_same_update(sgd, one.params, two.params)
 
 
-@pytest.mark.parametrize(("mesh", "n_groups"), [("arch=2", 2), ("data=2", 1)])
-def test_two_devices_make_the_update_of_one(mesh, n_groups, sgd, batch):
-    # With dropout; as many architectures a group as in the tests above.
-    architectures = [a.replace(fc_layers=2) for a in ARCHITECTURES[: 2 * n_groups]]
-    one, alone = sgd(sgd.init(0), meta_batch(architectures, n_groups=n_groups), *batch)
-    step = MetaStep(GHN_, optax.sgd(1.0), mesh=make_mesh(mesh))
-    two, shared = step(step.init(0), meta_batch(architectures, n_groups=n_groups), *batch)
-    assert float(alone.loss) == pytest.approx(float(shared.loss), rel=1e-5)
-    assert float(alone.top1) == float(shared.top1)
-    assert float(alone.grad_norm) == pytest.approx(float(shared.grad_norm), rel=1e-4)
-    start = sgd.init(0).params
-    for before, a, b in zip(*map(jax.tree.leaves, (start, one.params, two.params)), strict=True):
-        a, b, before = map(np.asarray, (a, b, before))
-        worst = np.abs(before - a).max()
-        np.testing.assert_allclose(before - b, before - a, rtol=1e-4, atol=1e-4 * worst)
-    assert len(two.step.sharding.device_set) == 2
+def test_dropout_is_of_the_update_and_the_network(sgd, batch):
+    architectures = [ARCHITECTURES[1].replace(fc_layers=2)] * 2
+    prepared = sgd.prepare(meta_batch(architectures), BATCH)
+    params = sgd.init(0).params
+
+    def losses(step):
+        totals, _ = sgd.gradient(params, prepared, *batch, np.int32(step))
+        return [float(total[0]) for total in totals]
+
+    first, again, second = losses(1), losses(1), losses(2)
+    assert first == again
+    assert len({*first, *second}) == 4
 
 
-def test_groups_that_do_not_fit_the_rows(batch):
-    step = MetaStep(GHN_, optax.sgd(1.0), mesh=make_mesh("data=2"))
-    message = "2 groups for 1 rows of 2 devices; allowed: as many"
-    with pytest.raises(ValueError, match=message):
-        step(step.init(0), meta_batch(ARCHITECTURES[:2], n_groups=2), *batch)
+def test_images_that_devices_cannot_share():
+    step = MetaStep(GHN_, optax.sgd(1.0), mesh=make_mesh())
     with pytest.raises(ValueError, match="7 images cannot be divided between 2 devices"):
-        step(step.init(0), meta_batch(ARCHITECTURES[:2]), batch[0][:7], batch[1][:7])
+        step.prepare(meta_batch(ARCHITECTURES[:2]), 7)
 
 
 def test_what_is_not_finite_changes_nothing(sgd, batch):
     images, labels = batch
     state = sgd.init(0)
     before = jax.tree.map(np.asarray, state.params)
-    after, metrics = sgd(state, meta_batch(ARCHITECTURES[:2]), images * jnp.nan, labels)
+    after, metrics = update(sgd, ARCHITECTURES[:2], images * jnp.nan, labels, state)
     assert not metrics.applied
     assert not np.isfinite(metrics.loss)
     assert int(after.step) == 1
     jax.tree.map(np.testing.assert_array_equal, before, after.params)
     # And the next update is as if nothing had been.
-    _, metrics = sgd(after, meta_batch(ARCHITECTURES[:2]), images, labels)
+    _, metrics = update(sgd, ARCHITECTURES[:2], images, labels, after)
     assert metrics.applied
 
 
-def test_no_program_is_compiled_for_another_architecture_of_a_bucket(sgd, batch):
-    # Of graphs that the encoder sweeps in 32 steps and in 64.
+def swapped(arch: Architecture) -> Architecture:
+    """The same operations, another network to everything that looks at its edges."""
+    genotype = arch.genotype
+    edges = [tuple(g[i ^ 1] for i in range(len(g))) for g in (genotype.normal, genotype.reduce)]
+    return arch.replace(
+        genotype=Genotype(edges[0], genotype.normal_concat, edges[1], genotype.reduce_concat)
+    )
+
+
+def test_no_program_is_compiled_for_other_architectures_of_the_same_units(sgd, batch):
     for i in (0, 2):
-        sgd(sgd.init(0), meta_batch(ARCHITECTURES[i : i + 2]), *batch)
+        update(sgd, ARCHITECTURES[i : i + 2], *batch)
     counter = CompilationCounter()
-    for i in (1, 3, 4, 5, 6):
-        _, metrics = sgd(sgd.init(0), meta_batch(ARCHITECTURES[i : i + 2]), *batch)
-        assert metrics.applied
+    others = [swapped(arch) for arch in ARCHITECTURES[:4]]
+    assert not set(others) & set(ARCHITECTURES)
+    losses = set()
+    for i in (0, 2):
+        for architectures in (others[i : i + 2], others[i : i + 2][::-1]):
+            _, metrics = update(sgd, architectures, *batch)
+            assert metrics.applied
+            losses.add(float(metrics.loss))
+    assert counter.count == 0
+    assert len(losses) >= 2
+
+
+def test_what_is_prepared_ahead_is_all_that_an_update_needs(sgd, batch):
+    update(sgd, ARCHITECTURES[:2], *batch)
+    made = sgd.engine.programs.made
+    new = [arch.replace(C=16) for arch in ARCHITECTURES[:2]]
+    prepared = sgd.prepare(meta_batch(new), BATCH)
+    deadline = time.monotonic() + 120
+    programs = sgd.engine.programs
+    while not all(program.ready for program in programs._programs.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert programs.made > made
+    counter = CompilationCounter()
+    _, metrics = sgd(sgd.init(0), prepared, *batch)
+    assert metrics.applied
     assert counter.count == 0
 
 
-def test_there_is_one_program_for_each_bucket_of_the_papers_architectures():
-    """What programs depend on, over 320 training architectures of which none repeats."""
-    c = preset("ghn2")
-    ghn, rules = c.ghn(10, 32), c.rules(32)
-    seen: dict[Bucket, set] = {}
-    rows = set()
-    architectures = [sample_architecture("train", 0, i, rules=rules) for i in range(400)]
-    assert len({json.dumps(a.to_dict()) for a in architectures}) == 400
-    stream = Stream(ghn, architectures.__getitem__, 8, 32, n_groups=2)
-    for batch in itertools.islice(stream.batches(0), 40):
-        for group in batch.groups:
-            rows.add(tuple((kind, len(nodes)) for kind, nodes in sorted(group.rows.nodes.items())))
-            for program in group.programs:
-                seen.setdefault(program.bucket, set()).add(program.capacity)
-                # Beyond it, everything is an array, always of the same shape.
-                assert len(program.table.kind) == program.capacity.instructions
-    assert len(rows) == 1
-    assert {len(capacities) for capacities in seen.values()} == {1}
-    assert len(seen) <= 40
+class Listed(Programs):
+    """Programs that are told and not compiled."""
+
+    def get(self, key, make):
+        return self._programs.setdefault(key, None)
+
+
+def test_hardly_any_program_is_new_after_a_few_hundred_architectures():
+    """Of the paper's, of which none repeats."""
+    rules, programs = preset("ghn2").rules(32), Listed()
+    engine, counts, asked = Engine(programs=programs), [], 0
+    architectures = [sample_architecture("train", 0, i, rules=rules) for i in range(240)]
+    assert len(set(architectures)) == len(architectures)
+    for arch in architectures:
+        plan = make_plan(wire(arch))
+        engine.prepare(plan, 64, gradient=True)
+        counts.append(len(programs))
+        asked += 2 * len(plan.steps)
+    per_architecture = asked / len(architectures)
+    assert counts[-1] - counts[159] < 0.04 * 80 * per_architecture
 
 
 def test_padded_graphs_have_the_room_that_was_asked_for():
@@ -184,12 +257,25 @@ def test_padded_graphs_have_the_room_that_was_asked_for():
     few, many = ARCHITECTURES[:2], ARCHITECTURES[3:5]
 
     def size(architectures, graph_nodes):
-        batch = meta_batch(architectures, graph_nodes=graph_nodes)
-        return len(batch.groups[0].graph.nodes["primitive"])
+        return len(meta_batch(architectures, graph_nodes=graph_nodes).graph.nodes["primitive"])
 
     assert [size(a, 128) for a in (few, many)] == [256, 256]
     nodes = meta_batch(ARCHITECTURES[:2]).nodes
     assert nodes < size(few, 8) < 4 * nodes
+
+
+def test_padded_sweeps_do_every_step_of_the_graphs():
+    batch = meta_batch(ARCHITECTURES[:4])
+    whole = pad_graphs([GHN_.graph(arch, image_size=SIZE) for arch in ARCHITECTURES[:4]])
+    for name, rows in batch.graph.globals.items():
+        assert len(rows) % 64 == 0
+        n_node, before = len(batch.graph.nodes["primitive"]), len(whole.nodes["primitive"])
+        kept, all_ = (
+            r[(r < n).any(1)]
+            for r, n in ((rows, n_node), (np.asarray(whole.globals[name]), before))
+        )
+        np.testing.assert_array_equal(np.where(kept < n_node, kept, -1),
+                                      np.where(all_ < before, all_, -1))  # fmt: skip
 
 
 def test_a_stream_goes_on_where_it_stopped():
@@ -203,7 +289,7 @@ def test_a_stream_goes_on_where_it_stopped():
     assert (first.position, second.position) == (3, 6)
     again = next(stream.batches(first.position))
     assert again.architectures == second.architectures
-    jax.tree.map(np.testing.assert_array_equal, again.groups[0].graph, second.groups[0].graph)
+    jax.tree.map(np.testing.assert_array_equal, again.graph, second.graph)
 
 
 def test_large_meta_batches_are_passed_over():
@@ -230,7 +316,7 @@ def runs(tmp_path_factory, digits):
     """A run of four updates, and one that stops after two and is resumed."""
     folder = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()
-    patch.setattr(train_ghn, "architecture_source", lambda *_: lambda i: ARCHITECTURES[i % 8])
+    patch.setattr(train_ghn, "architecture_source", lambda *_: lambda i: ARCHITECTURES[i % 4])
     train_ghn.train(config(folder / "whole", folder, steps=4), digits)
     train_ghn.train(config(folder / "parts", folder, steps=2), digits)
     # Of an update that was interrupted before its checkpoint.
