@@ -1,4 +1,4 @@
-"""The process's memory: what is freed is kept for what comes next."""
+"""The process's memory: what updates need is kept, what compiling took is given back."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def keep_memory() -> None:
         mallopt(_ARENA_MAX, 1)
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, -1)  # never
+
+
+def give_back_memory() -> None:
+    """Gives freed memory back to the system, once; does nothing where the C library is not glibc.
+
+    For what is done once and takes much, as compiling does: most of what a program holds on to is
+    memory that its making has freed, in pieces too small for what updates ask for.
+    """
+    malloc_trim = _c_function("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import jax
 
+from ghn_jax.memory import give_back_memory
+
 _CROWDED = 0.8  # of Linux's limit of memory mappings
+_TRIM_EVERY = 64  # programs that are compiled, freed memory is given back
 
 
 class Program:
@@ -68,6 +71,8 @@ class Programs:
     def _count(self, make):
         compiled = make()
         self.made += 1
+        if self.made % _TRIM_EVERY == 0:
+            give_back_memory()
         return compiled
 
     def get(self, key: Hashable, make: Callable[[], jax.stages.Compiled]) -> Program:
