@@ -17,7 +17,7 @@ test-mesh: $(VENV)/.installed-test
 
 # The engine on an accelerator, ten minutes: right, how fast, then it trains. Writes gpu_check.json.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py $(ARGS)
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu_check.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

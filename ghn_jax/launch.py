@@ -15,17 +15,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from ghn_jax.mesh import ARCH, DATA, mesh_shape, parse_mesh
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _STARTED = "GHN_JAX_STARTED"  # set in processes that were started here
 
 
-def _local_devices() -> int:
-    """How many devices JAX has on this machine, asked in another process: it takes none of them."""
+def _accelerators() -> int:
+    """How many this machine has, asked in another process, which takes none of them; 0 for none."""
     if not any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0")):
-        return 1  # a CPU is one device
-    code = "import jax; print(jax.local_device_count())"
+        return 0
+    code = "import jax; print(jax.local_device_count() * (jax.default_backend() != 'cpu'))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(found.stdout.split()[-1])
 
@@ -44,10 +46,15 @@ def rows_here(mesh: str | None, coordinator: str | None, num_processes: int | No
         return 1, None
     machines = num_processes or 1
     sizes = parse_mesh(mesh) if mesh is not None else {}
-    if len(sizes) == 2:
-        rows, columns = sizes[ARCH], sizes[DATA]
+    accelerators = _accelerators()
+    if accelerators:
+        rows, columns = mesh_shape(mesh, accelerators * machines)
+    elif len(sizes) == 2:
+        rows, columns = sizes[ARCH], sizes[DATA]  # a CPU can be any number of devices
+    elif sizes:
+        rows, columns = mesh_shape(mesh, max(1, jax.config.jax_num_cpu_devices) * machines)
     else:
-        rows, columns = mesh_shape(mesh, _local_devices() * machines)
+        return 1, None
     if rows % machines:
         raise ValueError(
             f"--mesh {mesh} has {rows} rows for {machines} machines; allowed: a multiple, as a row "

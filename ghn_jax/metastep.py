@@ -263,10 +263,12 @@ class MetaStep:
         return [totals for totals, _ in results], gradient
 
     def logits(self, params, update: Update, images: jax.Array) -> list[jax.Array]:
-        """(B, classes) of each network, without dropout in those that have none."""
+        """(B, classes) of each network, without dropout."""
         _, tiles = self._predict(update, params)
-        pairs = zip(update.networks, tiles, strict=True)
-        return [self.engine.forward(network, own, images)[0] for network, own in pairs]
+        engine, plans = self.engine, update.batch.plans
+        networks = [engine.prepare(p, len(images), self.form, gradient=False) for p in plans]
+        pairs = zip(networks, tiles, strict=True)
+        return [engine.forward(network, own, images)[0] for network, own in pairs]
 
     def _global(self, array: jax.Array) -> jax.Array:
         """(rows, ...) over the mesh, of what the devices of each row have."""

@@ -41,7 +41,7 @@ from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.images import Images, load_images, prefetch, steps_per_epoch, train_batches
 from ghn_jax.launch import rows_here, start_rows
 from ghn_jax.memory import keep_memory
-from ghn_jax.mesh import ARCH, DATA, check_processes, join_processes, make_mesh
+from ghn_jax.mesh import ARCH, DATA, check_processes, join_processes, make_mesh, parse_mesh
 from ghn_jax.metabatch import Stream
 from ghn_jax.metastep import MetaStep, Update
 from ghn_jax.presets import PRESETS, TrainConfig, preset
@@ -97,6 +97,12 @@ def check(config: TrainConfig) -> None:
     if config.steps is not None and config.steps < 1:
         raise ValueError(f"--steps is {config.steps}; allowed: 1 or more")
     shape = make_mesh().shape
+    for axis, size in (parse_mesh(config.mesh) if config.mesh else {}).items():
+        if shape[axis] != size:
+            raise ValueError(
+                f"--mesh is {config.mesh}, but there are {shape[ARCH]} processes of {shape[DATA]} "
+                "devices each; start a process for each row"
+            )
     if config.batch_size % shape[DATA]:
         raise ValueError(
             f"--batch-size is {config.batch_size}; allowed: multiples of {shape[DATA]}, the "
