@@ -174,7 +174,9 @@ class Engine:
             elif isinstance(step.unit, Classifier):
                 classes = self._value((images, step.unit.dims[-1]), jnp.float32)
                 seed = (((), jnp.dtype(jnp.int32), self.whole),) * 3 if dropout else None
-                found = self._classifier_programs(step, form, params, inputs, seed, classes)
+                found = self._classifier_programs(
+                    step, form, params, inputs, seed, classes, gradient
+                )
             else:
                 out = self._value(shape(step.output))
                 found = self._unit_programs(step, form, params, inputs, out, gradient)
@@ -248,7 +250,9 @@ class Engine:
             else None,
         )  # fmt: skip
 
-    def _classifier_programs(self, step, form, params, inputs, seed, classes) -> _Programs:
+    def _classifier_programs(
+        self, step, form, params, inputs, seed, classes, gradient
+    ) -> _Programs:
         unit = step.unit
 
         def logits(params, inputs, seed):
@@ -270,7 +274,9 @@ class Engine:
             self.program(
                 ("backward", *key), Classifier_backward, (params, inputs, seed, classes),
                 (self.whole, self.split),
-            ),
+            )
+            if gradient
+            else None,
         )  # fmt: skip
 
     def _sum_program(self, count: int, value) -> Program:

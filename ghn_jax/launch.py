@@ -66,6 +66,9 @@ def rows_here(mesh: str | None, coordinator: str | None, num_processes: int | No
 def _environment(row: int, columns: int) -> dict[str, str]:
     """What a process sees: the devices of its row."""
     environment = {**os.environ, _STARTED: "1", "JAX_NUM_CPU_DEVICES": str(columns)}
+    if columns > 1:
+        # Several CPU devices wait for each other in threads that their work is done by as well.
+        environment.setdefault("PJRT_NPROC", str(4 * columns))
     for name in _VISIBLE:
         given = os.environ.get(name)
         devices = given.split(",") if given else [str(i) for i in range((row + 1) * columns)]

@@ -70,8 +70,10 @@ class Programs:
 
     def _count(self, make):
         compiled = make()
-        self.made += 1
-        if self.made % _TRIM_EVERY == 0:
+        with self._lock:
+            self.made += 1
+            trim = self.made % _TRIM_EVERY == 0
+        if trim:
             give_back_memory()
         return compiled
 

@@ -10,7 +10,9 @@ import pytest
 from ghn_jax import engine
 from ghn_jax.compilation import known_options, single_run_options
 
-# Before JAX starts: what is sharded runs on two devices, on any machine.
+# Before JAX starts: what is sharded runs on two devices, on any machine. They wait for each other
+# in threads that their work is done by as well, so there have to be more than two.
+os.environ.setdefault("PJRT_NPROC", "8")
 jax.config.update("jax_num_cpu_devices", 2)
 
 # Nearly every program here is compiled to run once: in half the time with these settings. The

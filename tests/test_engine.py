@@ -16,6 +16,7 @@ from definition import unit_by_unit
 from jax.flatten_util import ravel_pytree
 
 from ghn_jax.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
+from ghn_jax.compilation import program_options
 from ghn_jax.decoding import TilePrograms, Tiles, make_chunks
 from ghn_jax.engine import Engine, tree_of, weights_of
 from ghn_jax.ghn import GHN
@@ -184,8 +185,12 @@ IMAGES, COTANGENT = random(BATCH, SIZE, SIZE, 3), random(BATCH, 10, seed=1)
 
 @pytest.fixture(scope="module")
 def engine():
+    """Its programs are compiled as in training."""
     programs = Programs()
-    yield Engine(programs=programs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ghn_jax.engine.program_options", program_options)
+        made = Engine(programs=programs)
+    yield made
     programs.close()
 
 

@@ -126,7 +126,7 @@ def test_there_is_an_architecture_for_each_row_at_least(tmp_path, monkeypatch):
 def eight(monkeypatch):
     """A machine with eight devices, on which nothing was started."""
     monkeypatch.delenv(launch._STARTED, raising=False)
-    monkeypatch.setattr(launch, "_local_devices", lambda: 8)
+    monkeypatch.setattr(launch, "_accelerators", lambda: 8)
     return monkeypatch
 
 
@@ -147,10 +147,17 @@ def test_rows_of_a_machine(eight):
     assert launch.rows_here("arch=4,data=2", "host:1", 8) == (1, None)
 
 
-def test_a_cpu_is_one_device_unless_more_are_asked_for(monkeypatch):
-    monkeypatch.setattr(launch, "Path", lambda path: ROOT / "nowhere")
+def test_a_cpu_is_as_many_devices_as_are_asked_for(monkeypatch):
+    monkeypatch.delenv(launch._STARTED, raising=False)
+    monkeypatch.setattr(launch, "_accelerators", lambda: 0)
     assert launch.rows_here(None, None, None) == (1, None)
     assert launch.rows_here("arch=2,data=1", None, None) == (2, 1)
+    assert launch.rows_here("arch=3,data=2", None, None) == (3, 2)
+    # JAX was told that it is two.
+    assert launch.rows_here("arch=2", None, None) == (2, 1)
+    assert launch.rows_here("data=2", None, None) == (1, None)
+    with pytest.raises(ValueError, match="is for 3 devices, but there are 2"):
+        launch.rows_here("arch=3", None, None)
 
 
 class Process:
@@ -409,8 +416,9 @@ def half(tmp_path_factory, whole):
 def check_same(run, other):
     """Runs of the same updates.
 
-    Two processes add up in programs of their own, so the last bit may differ. An update moves a
-    parameter by the learning rate, 1e-3, whatever its gradient; tolerated is a hundredth of one.
+    Two processes add up in another order, so the last bit may differ. An update moves a parameter
+    by the learning rate, 1e-3, whatever its gradient, and where that is 0 but for rounding, it
+    shows: of a thousand numbers, one may be more than a hundredth of an update off.
     """
     found, expected = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -420,11 +428,10 @@ def check_same(run, other):
         for key in ("step", "top1", "nodes", "architectures"):
             assert a[key] == b[key], key
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
-        load_ghn(run)[1],
-        load_ghn(other)[1],
-    )
+    away = jax.tree.map(lambda a, b: np.abs(a - b).ravel(), load_ghn(run)[1], load_ghn(other)[1])
+    away = np.concatenate(jax.tree.leaves(away))
+    assert np.mean(away > 1e-5) < 1e-3
+    assert away.max() < 5e-4
 
 
 @pytest.mark.mesh
