@@ -96,9 +96,9 @@ class Network(nn.Module):
                 if wiring.norm and norm:
                     x = NormSum(unit.features, 1).apply(of([norm]), (x,))
             states[op.output] = states[op.output] + x if op.output in states else x
-        parts = tuple(None if s is None else states[s] for s in wiring.head.feature)
+        last = concatenate([None if s is None else states[s] for s in wiring.head.feature])
         key = self.make_rng("dropout") if train and len(wiring.head.dims) > 2 else None
-        return head.unit.apply(of(head.names), parts, key=key)
+        return head.unit.apply(of(head.names), (last,), key=key)
 
 
 def build_network(arch: Architecture, num_classes: int = 10, image_size: int = 32) -> Network:

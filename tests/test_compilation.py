@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from ghn_jax import compilation
-from ghn_jax.compilation import executor_options, known_options, single_run_options
+from ghn_jax.compilation import known_options, program_options, single_run_options
 
 UNKNOWN = {"xla_an_option_that_no_version_has": True}
 KNOWN = {"xla_backend_optimization_level": "0"}
@@ -27,7 +27,7 @@ def test_an_unknown_option_is_left_out_and_said_once(caplog):
     assert jax.__version__ in record.getMessage()
 
 
-@pytest.mark.parametrize("options", [executor_options, single_run_options])
+@pytest.mark.parametrize("options", [lambda: program_options(jax.devices()[0]), single_run_options])
 def test_programs_are_compiled_with_what_is_asked_for(options):
     assert "xla_backend_optimization_level" in options()
     assert jax.jit(lambda x: x + 1, compiler_options=options())(1.0) == 2

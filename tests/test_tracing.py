@@ -52,7 +52,7 @@ def read(module, params, virtual_edges=1):
 @pytest.fixture
 def cheap_init(monkeypatch):
     """Flax computes the shape of each parameter's initial value; of zeros that is soon done."""
-    monkeypatch.setattr(network, "he_init", nn.initializers.zeros)
+    monkeypatch.setitem(network._INITIALISERS, "kernel", nn.initializers.zeros)
 
 
 COUNT = 25  # of each split
