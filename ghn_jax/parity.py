@@ -162,9 +162,7 @@ def _traced(ghn: GHN, variables, name: str) -> _Candidate:
     return _Candidate(
         model_graph(model, sample, ghn.virtual_edges),
         to_torch(params, model),
-        jax.jit(
-            lambda x: apply_on_batch(model, predicted, x), compiler_options=single_run_options()
-        ),
+        lambda x: apply_on_batch(model, predicted, x),
     )
 
 
@@ -216,7 +214,8 @@ def check_network(entry: Mapping, file: Mapping, ghn: GHN, variables, images) ->
     count = sum(x.size for x in candidate.tensors.values())
     errors["count"] = float(abs(count - entry.get("num_params", count)))
     if "logits" in file:
-        errors["logits"] = relative_error(candidate.logits(images), file["logits"])
+        logits = jax.jit(candidate.logits, compiler_options=single_run_options())(images)
+        errors["logits"] = relative_error(logits, file["logits"])
     return errors
 
 
@@ -246,9 +245,10 @@ def _definition_step(ghn: GHN, arch: Architecture, images, labels):
         logits = network.apply({"params": params}, images)
         return cross_entropy(logits, labels), logits
 
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=single_run_options())
+
     def run(variables):
-        # Not compiled as a whole: operations, each compiled by itself, serve all networks.
-        (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(variables)
+        (value, logits), gradient = step(variables)
         return value, logits, gradient
 
     return run
