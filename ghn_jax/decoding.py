@@ -135,9 +135,8 @@ class TilePrograms:
     def __init__(self, ghn: GHN, engine: Engine, params: Any):
         self.ghn, self.engine = ghn, engine
         self._params = _specs(engine, params)
-        self._states = functools.lru_cache(self._state_spec)
 
-    def _state_spec(self, nodes: int):
+    def _states(self, nodes: int):
         return (nodes, self.ghn.features), jnp.dtype(jnp.float32), self.engine.whole
 
     def encode(self, graph: jraph.GraphsTuple) -> Program:

@@ -71,14 +71,20 @@ def _full_batches(images: Images, size: int):
 
 
 def _logits(network: nn.Module, engine: Engine, images: int):
-    """(params, images) -> logits of a network, by the engine if it can run it."""
+    """How a network runs, by the engine if it can: a tree of parameters -> (images -> logits)."""
     if not isinstance(network, Network):
-        return jax.jit(lambda params, x: apply_on_batch(network, {"params": params}, x))
+        run = jax.jit(lambda params, x: apply_on_batch(network, {"params": params}, x))
+        return lambda params: functools.partial(run, params)
     plan = make_plan(
         wire(network.arch, num_classes=network.num_classes, image_size=network.image_size)
     )
     ready = engine.prepare(plan, images, gradient=False)
-    return lambda params, x: engine.forward(ready, weights_of(plan, params), x)[0]
+
+    def with_params(params):
+        weights = weights_of(plan, params)
+        return lambda x: engine.forward(ready, weights, x)[0]
+
+    return with_params
 
 
 def evaluate_network(
@@ -98,23 +104,23 @@ def evaluate_network(
       engine: runs networks of the design space; the same for several finds most programs compiled.
     """
     engine = engine or Engine()
-    run = _logits(network, engine, min(batch_size, len(images)))
+    with_params = _logits(network, engine, min(batch_size, len(images)))
     # One batch leaves a part of two cores idle; on accelerators the next is queued in any case.
     at_once = 2 if jax.default_backend() == "cpu" else 1
 
-    def count(params, batch):
+    def count(run, batch):
         x, labels, counted = batch
-        return _count_correct(run(params, x), labels, counted)
+        return _count_correct(run(x), labels, counted)
 
     accuracies = []
     for params in candidates:
         start = time.perf_counter()
-        params = jax.device_put(params)
+        run = with_params(jax.device_put(params))
         batches = _full_batches(images, batch_size)
-        counts = [count(params, next(batches))]  # compiled before threads need it
+        counts = [count(run, next(batches))]  # compiled before threads need it
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
             while some := list(itertools.islice(batches, at_once)):
-                counts += pool.map(functools.partial(count, params), some)
+                counts += pool.map(functools.partial(count, run), some)
                 jax.block_until_ready(
                     counts[-2 * at_once :][0]
                 )  # so that not all are queued at once

@@ -62,6 +62,7 @@ class Update(NamedTuple):
 
     batch: MetaBatch
     networks: tuple[Network, ...]
+    loss: Program
     encode: Program
     decode: tuple[Program, ...]
     decode_backward: tuple[Program, ...]
@@ -156,9 +157,8 @@ class MetaStep:
             )
             for plan in batch.plans
         )
-        self._loss(images)
         back = tuple(self._tiles.decode_backward(chunk, n_node) for chunk in batch.chunks)
-        return Update(batch, networks, encode, decode, back, encode_backward)
+        return Update(batch, networks, self._loss(images), encode, decode, back, encode_backward)
 
     def _loss(self, images: int) -> Program:
         """(logits, labels, weight) -> (2,) loss and accuracy times weight, cotangent of logits."""
@@ -221,13 +221,13 @@ class MetaStep:
             )
         return sums
 
-    def _run(self, network: Network, tiles: dict[str, Arrays], images, labels, seed, weight):
+    def _run(self, network: Network, loss: Program, tiles, images, labels, seed, weight):
         """(2,) loss and accuracy of a network, and the cotangents of its tiles."""
         engine, dropout = self.engine, len(network.plan.wiring.head.dims) > 2
         logits, trace = engine.forward(
             network, tiles, images, keep=True, seed=seed if dropout else None
         )
-        totals, dlogits = self._loss(len(images))(logits, labels, weight)
+        totals, dlogits = loss(logits, labels, weight)
         return totals, engine.backward(network, tiles, trace, dlogits)
 
     def gradient(
@@ -248,7 +248,7 @@ class MetaStep:
         def run(i):
             seed = np.int32(self.seed), step, np.int32(batch.members[i])
             own, tiles[i] = tiles[i], None
-            return self._run(update.networks[i], own, images, labels, seed, weight)
+            return self._run(update.networks[i], update.loss, own, images, labels, seed, weight)
 
         # Long ones first, so that nobody waits for them at the end.
         order = sorted(range(len(batch.members)), key=lambda i: -len(batch.plans[i].steps))

@@ -11,6 +11,7 @@ Units are plain data: equal ones are one compiled program, whichever architectur
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -85,7 +86,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
 # --- Units ----------------------------------------------------------------------------------------
 
 
-class Unit:
+class Unit(abc.ABC):
     """A part of an operation that is one program; subclasses are frozen dataclasses.
 
     Attributes:
@@ -99,6 +100,7 @@ class Unit:
         """Its parameters; `apply` takes the arrays of each in turn."""
         return ()
 
+    @abc.abstractmethod
     def apply(self, params: Arrays, inputs: tuple, kernels=kernels) -> jax.Array:
         """What it computes.
 
@@ -110,7 +112,6 @@ class Unit:
         Returns:
           (B, H', W', C').
         """
-        raise NotImplementedError
 
     def size(self, size: int) -> int:
         """Height (= width) of what it computes, from that of its input."""
@@ -455,10 +456,6 @@ class NormSum(Unit):
             dinputs.append((g * factor - a - (x - mean) * b).astype(x.dtype))
             dparams += [dscale, dshift]
         return tuple(dparams), tuple(dinputs)
-
-    def nodes(self, names: Sequence[str]) -> list[Node]:
-        """Not asked for: batch norms belong to operations, sums to the graph (`graph.py`)."""
-        raise NotImplementedError
 
 
 def batch_statistics(x: jax.Array) -> jax.Array:
