@@ -17,8 +17,8 @@ import time
 import tyro
 from tqdm import tqdm
 
-from ghn_jax.graph import build_graph
-from ghn_jax.sampling import sample_architecture
+from ghn_jax.deepnets1m.graph import build_graph
+from ghn_jax.deepnets1m.sampling import sample_architecture
 
 REFERENCE = 11.0  # architectures a second
 _WARM_UP = 200

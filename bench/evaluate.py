@@ -23,13 +23,13 @@ import tyro
 from reference import Reference
 from tqdm import tqdm
 
-from ghn_jax.deepnets1m.__main__ import export
-from ghn_jax.engine import Engine
-from ghn_jax.evaluation import evaluate_network, random_parameters
-from ghn_jax.evaluation_sets import evaluation_set
-from ghn_jax.images import Images
-from ghn_jax.memory import keep_memory
-from ghn_jax.network import build_network
+from ghn_jax.cli.deepnets1m import export
+from ghn_jax.data.images import Images
+from ghn_jax.deepnets1m.evaluation_sets import evaluation_set
+from ghn_jax.deepnets1m.network import build_network
+from ghn_jax.engine.engine import Engine
+from ghn_jax.engine.memory import keep_memory
+from ghn_jax.evaluation.accuracy import evaluate_network, random_parameters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,18 +35,19 @@ import numpy as np
 import optax
 import tyro
 
-from ghn_jax.checkpoint import Checkpoints
-from ghn_jax.compilation import CompilationCounter, keep_programs
-from ghn_jax.decoding import Tiles
-from ghn_jax.engine import Engine
-from ghn_jax.ghn import GHN
-from ghn_jax.images import load_images, prefetch, train_batches
-from ghn_jax.mesh import make_mesh
-from ghn_jax.metabatch import Stream, make_meta_batch
-from ghn_jax.metastep import MetaStep
-from ghn_jax.operations import NormSum
-from ghn_jax.presets import preset
-from ghn_jax.sampling import sample_architecture
+from ghn_jax.data.images import load_images, prefetch, train_batches
+from ghn_jax.deepnets1m.operations import NormSum
+from ghn_jax.deepnets1m.sampling import sample_architecture
+from ghn_jax.deepnets1m.task import Task
+from ghn_jax.engine.compilation import CompilationCounter, keep_programs
+from ghn_jax.engine.engine import Engine
+from ghn_jax.hypernet.checkpoint import Checkpoints
+from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.training.config import preset
+from ghn_jax.training.decoding import Tiles
+from ghn_jax.training.mesh import make_mesh
+from ghn_jax.training.meta_batch import Stream, make_meta_batch
+from ghn_jax.training.update import MetaStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +101,8 @@ class Case:
     def __init__(self, small: bool):
         config = preset("demo" if small else "ghn2")
         self.config, self.size = config, 16 if small else 32
-        self.ghn: GHN = config.ghn(10, self.size)
-        self.rules = config.rules(self.size)
+        self.ghn: GHN = config.ghn(Task(10, self.size))
+        self.rules = config.space.rules(self.size)
 
     def architecture(self, i: int):
         """Of the training stream."""
@@ -110,8 +111,8 @@ class Case:
     def stream(self) -> Stream:
         """Of the training meta-batches."""
         return Stream(
-            self.ghn, self.architecture, self.config.meta_batch, self.size,
-            graph_nodes=self.config.graph_nodes,
+            self.ghn, self.architecture, self.config.space.meta_batch, self.size,
+            graph_nodes=self.config.space.graph_nodes,
         )  # fmt: skip
 
     def images(self, count: int):
@@ -175,9 +176,9 @@ def updates(case: Case, options: Options, dtype: str, seconds: float, report) ->
     """Times updates, each meta-batch's second one, for some seconds; programs come some ahead."""
     counter, cpu = CompilationCounter(), jax.default_backend() == "cpu"
     step = MetaStep(
-        case.ghn, case.config.optimizer(1000), workers=2 if cpu else 1, dtype=jnp.dtype(dtype)
+        case.ghn, case.config.optimiser.make(1000), workers=2 if cpu else 1, dtype=jnp.dtype(dtype)
     )
-    images, labels = case.images(case.config.batch_size)
+    images, labels = case.images(case.config.data.batch_size)
     start = time.perf_counter()
     state, ran, whole, host, found = step.init(0), [], [], [], {"dtype": dtype}
     ahead = (step.prepare(batch, len(images)) for batch in case.stream().batches(0))
@@ -280,7 +281,7 @@ def theirs(case: Case, options: Options, count: int) -> dict:
     from ghn_jax.deepnets1m import DeepNets1M
 
     nets = DeepNets1M.open(options.nets, "train", seed=0)
-    reference = Reference("update", options.reference, options.nets, case.config.batch_size)
+    reference = Reference("update", options.reference, options.nets, case.config.data.batch_size)
     seconds = []
     for first in range(0, 8 * count, 8):
         indices = list(range(first, first + 8))
@@ -304,20 +305,20 @@ def train(case: Case, options: Options, deadline: float, results: Results) -> di
     """Trains until the deadline; saves what it has every minute."""
     images = load_images(options.dataset, "train", data_dir=options.data_dir)
     config = preset("demo" if images.image_size < 32 else "ghn2")
-    ghn, rules = config.ghn(images.num_classes, images.image_size), config.rules(images.image_size)
-    step = MetaStep(ghn, config.optimizer(10_000))
+    ghn, rules = config.ghn(images.task), config.space.rules(images.image_size)
+    step = MetaStep(ghn, config.optimiser.make(10_000))
     stream = Stream(
-        ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.meta_batch,
-        images.image_size, graph_nodes=config.graph_nodes,
+        ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.space.meta_batch,
+        images.image_size, graph_nodes=config.space.graph_nodes,
     )  # fmt: skip
     checkpoints = Checkpoints(options.checkpoints)
     checkpoints.write_config(ghn, training={"preset": config.preset}, image_size=images.image_size)
     state, saved, found = step.init(0), time.perf_counter(), []
-    ahead = (step.prepare(batch, config.batch_size) for batch in stream.batches(0))
+    ahead = (step.prepare(batch, config.data.batch_size) for batch in stream.batches(0))
     with (
         closing(step),
         closing(prefetch(ahead, size=8)) as prepared,
-        closing(prefetch(train_batches(images, config.batch_size, seed=0))) as batches,
+        closing(prefetch(train_batches(images, config.data.batch_size, seed=0))) as batches,
     ):
         start = time.perf_counter()
         while not found or time.perf_counter() < deadline:

@@ -21,13 +21,14 @@ import tyro
 from evaluate import random_images
 from tqdm import tqdm
 
-from ghn_jax.compilation import CompilationCounter, keep_programs
-from ghn_jax.images import prefetch, train_batches
-from ghn_jax.memory import keep_memory
-from ghn_jax.metabatch import Stream
-from ghn_jax.metastep import MetaStep
-from ghn_jax.presets import preset
-from ghn_jax.sampling import sample_architecture
+from ghn_jax.data.images import prefetch, train_batches
+from ghn_jax.deepnets1m.sampling import sample_architecture
+from ghn_jax.deepnets1m.task import Task
+from ghn_jax.engine.compilation import CompilationCounter, keep_programs
+from ghn_jax.engine.memory import keep_memory
+from ghn_jax.training.config import preset
+from ghn_jax.training.meta_batch import Stream
+from ghn_jax.training.update import MetaStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +44,20 @@ def main(options: Options) -> None:
     keep_programs(options.cache_dir)
     keep_memory()
     config = preset("ghn2")
-    ghn, rules = config.ghn(10, 32), config.rules(32)
-    step = MetaStep(ghn, config.optimizer(1000), workers=config.workers)
+    ghn, rules = config.ghn(Task()), config.space.rules(32)
+    step = MetaStep(ghn, config.optimiser.make(1000), workers=config.run.workers)
     state = step.init(0)
     stream = Stream(
-        ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.meta_batch, 32,
-        graph_nodes=config.graph_nodes,
+        ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.space.meta_batch, 32,
+        graph_nodes=config.space.graph_nodes,
     )  # fmt: skip
     images = dataclasses.replace(random_images(45_000), name="cifar10", split="train")
     counter, programs = CompilationCounter(), -1
     waited, seconds, most, counted = 0.0, 0.0, 0.0, 0
-    ahead = (step.prepare(batch, config.batch_size) for batch in stream.batches(0))
+    ahead = (step.prepare(batch, config.data.batch_size) for batch in stream.batches(0))
     with (
         closing(prefetch(ahead, size=4)) as updates,
-        closing(prefetch(train_batches(images, config.batch_size, seed=0))) as image_batches,
+        closing(prefetch(train_batches(images, config.data.batch_size, seed=0))) as image_batches,
     ):
         for _ in tqdm(itertools.repeat(None, options.updates), unit="update"):
             start = time.perf_counter()

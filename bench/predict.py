@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from ghn_jax.compilation import keep_programs
-from ghn_jax.ghn import GHN
-from ghn_jax.prediction import predict
-from ghn_jax.tracing import model_graph
+from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.tracing.model_graph import model_graph
+from ghn_jax.tracing.prediction import predict_model
 from ghn_jax.zoo import resnet50
 
 
@@ -52,11 +52,11 @@ def main(options: Options) -> None:
     ghn = GHN()
     variables = jax.block_until_ready(ghn.init_variables(0))
     arguments = (ghn, variables, resnet50(), SAMPLE)
-    first = time_call(lambda: predict(*arguments)[0])
+    first = time_call(lambda: predict_model(*arguments)[0])
     if options.once:
         print(first)
         return
-    warm = [time_call(lambda: predict(*arguments)[0]) for _ in range(options.repeats)]
+    warm = [time_call(lambda: predict_model(*arguments)[0]) for _ in range(options.repeats)]
     graph = model_graph(resnet50(), SAMPLE)
     ghn.tensors(variables, graph)
     traced = [time_call(ghn.tensors, variables, graph) for _ in range(options.repeats)]

@@ -23,12 +23,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ghn_jax.compilation import CompilationCounter, keep_programs
-from ghn_jax.memory import keep_memory
-from ghn_jax.metabatch import Stream
-from ghn_jax.metastep import MetaStep
-from ghn_jax.presets import preset
-from ghn_jax.sampling import sample_architecture
+from ghn_jax.deepnets1m.sampling import sample_architecture
+from ghn_jax.deepnets1m.task import Task
+from ghn_jax.engine.compilation import CompilationCounter, keep_programs
+from ghn_jax.engine.memory import keep_memory
+from ghn_jax.training.config import preset
+from ghn_jax.training.meta_batch import Stream
+from ghn_jax.training.update import MetaStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,22 +50,22 @@ def run(options: Options) -> None:
     keep_programs(options.cache_dir)
     keep_memory()
     config = preset("ghn2")
-    ghn, rules = config.ghn(10, 32), config.rules(32)
+    ghn, rules = config.ghn(Task()), config.space.rules(32)
     counter = CompilationCounter()
-    step = MetaStep(ghn, config.optimizer(1000), workers=config.workers)
+    step = MetaStep(ghn, config.optimiser.make(1000), workers=config.run.workers)
     stream = Stream(
-        ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.meta_batch, 32,
-        graph_nodes=config.graph_nodes,
+        ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.space.meta_batch, 32,
+        graph_nodes=config.space.graph_nodes,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    images = rng.standard_normal((config.batch_size, 32, 32, 3), np.float32)
-    labels = rng.integers(0, 10, config.batch_size).astype(np.int32)
-    batches = itertools.islice(stream.batches(0), options.num // config.meta_batch)
-    update = step.prepare(next(batches), config.batch_size)
+    images = rng.standard_normal((config.data.batch_size, 32, 32, 3), np.float32)
+    labels = rng.integers(0, 10, config.data.batch_size).astype(np.int32)
+    batches = itertools.islice(stream.batches(0), options.num // config.space.meta_batch)
+    update = step.prepare(next(batches), config.data.batch_size)
     jax.block_until_ready(step(step.init(0), update, images, labels))
     first = time.perf_counter() - start
     for batch in batches:
-        step.prepare(batch, config.batch_size)
+        step.prepare(batch, config.data.batch_size)
     programs = step.engine.programs
     with tqdm(total=len(programs), unit="program") as bar:
         while programs.made < len(programs):

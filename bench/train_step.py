@@ -26,13 +26,14 @@ import tyro
 from reference import Reference
 from tqdm import tqdm
 
-from ghn_jax.compilation import CompilationCounter, keep_programs
+from ghn_jax.cli.deepnets1m import export
 from ghn_jax.deepnets1m import DeepNets1M
-from ghn_jax.deepnets1m.__main__ import export
-from ghn_jax.memory import keep_memory
-from ghn_jax.metabatch import make_meta_batch
-from ghn_jax.metastep import MetaStep
-from ghn_jax.presets import preset
+from ghn_jax.deepnets1m.task import Task
+from ghn_jax.engine.compilation import CompilationCounter, keep_programs
+from ghn_jax.engine.memory import keep_memory
+from ghn_jax.training.config import preset
+from ghn_jax.training.meta_batch import make_meta_batch
+from ghn_jax.training.update import MetaStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Options:
 
 def meta_batches(nets: DeepNets1M, config, updates: int) -> list[list[int]]:
     """Indices of the file's networks, in its order; those with too many nodes are passed over."""
-    size = config.meta_batch
+    size = config.space.meta_batch
     batches = [list(range(i, i + size)) for i in range(0, len(nets) - size + 1, size)]
-    fit = [b for b in batches if sum(map(nets.num_nodes, b)) <= config.max_nodes]
+    fit = [b for b in batches if sum(map(nets.num_nodes, b)) <= config.space.max_nodes]
     if len(fit) < updates:
         raise ValueError(f"the file has {len(fit)} meta-batches, --updates is {updates}")
     return fit[:updates]
@@ -65,7 +66,7 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = options.nets
         if path is None:
-            num = options.updates * config.meta_batch * 2
+            num = options.updates * config.space.meta_batch * 2
             export("train", Path(folder), num=num, seed=options.seed)
             path = Path(folder) / "deepnets1m_train.hdf5"
         nets = DeepNets1M.open(path, "train", seed=options.seed)
@@ -74,21 +75,23 @@ def main(options: Options) -> None:
 
 def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
     """Times every meta-batch."""
-    ghn = config.ghn(10, 32)
-    step = MetaStep(ghn, config.optimizer(1000), workers=config.workers)
+    ghn = config.ghn(Task())
+    step = MetaStep(ghn, config.optimiser.make(1000), workers=config.run.workers)
     state = step.init(0)
     rng = np.random.default_rng(options.seed)
-    images = rng.standard_normal((config.batch_size, 32, 32, 3), np.float32)
-    labels = rng.integers(0, 10, config.batch_size).astype(np.int32)
+    images = rng.standard_normal((config.data.batch_size, 32, 32, 3), np.float32)
+    labels = rng.integers(0, 10, config.data.batch_size).astype(np.int32)
     reference = options.reference and Reference(
-        "update", options.reference, path, config.batch_size
+        "update", options.reference, path, config.data.batch_size
     )
     counter = CompilationCounter()
     rows = []
     for indices in tqdm(meta_batches(nets, config, options.updates), unit="meta-batch"):
         architectures = [nets[i] for i in indices]
         prepared = time.perf_counter()
-        batch = make_meta_batch(ghn, architectures, image_size=32, graph_nodes=config.graph_nodes)
+        batch = make_meta_batch(
+            ghn, architectures, image_size=32, graph_nodes=config.space.graph_nodes
+        )
         update = step.prepare(batch, len(images))
         prepared = time.perf_counter() - prepared
         first = time.perf_counter()

@@ -39,7 +39,7 @@ def main(ghn: Path | None = None, model: str = "resnet50", image_size: int = 32)
 
     for run in ("compiling", "warm"):
         start = time.perf_counter()
-        variables, report = ghn_jax.predict(hypernetwork, ghn_variables, network, sample)
+        variables, report = ghn_jax.predict_model(hypernetwork, ghn_variables, network, sample)
         jax.block_until_ready(variables)
         print(f"{run}: {time.perf_counter() - start:.2f} s")
     print(report)

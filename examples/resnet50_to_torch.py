@@ -65,7 +65,7 @@ def main(checkpoint: str) -> None:
     ghn, variables = ghn_jax.load_torch_ghn(checkpoint)
     network = ghn_jax.zoo.resnet50(ghn.num_classes)
     images = np.random.default_rng(0).standard_normal((64, 32, 32, 3), np.float32)
-    predicted, _ = ghn_jax.predict(ghn, variables, network, images, strict=True)
+    predicted, _ = ghn_jax.predict_model(ghn, variables, network, images, strict=True)
     params = {"params": predicted["params"]}  # what batch norm estimates is not predicted
     logits = jax.jit(lambda p, x: ghn_jax.apply_on_batch(network, p, x))(params, images)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from ghn_jax import engine
-from ghn_jax.compilation import known_options, single_run_options
+from ghn_jax.engine import engine
+from ghn_jax.engine.compilation import known_options, single_run_options
 
 # Before JAX starts: what is sharded runs on two devices, on any machine. They wait for each other
 # in threads that their work is done by as well, so there have to be more than two.

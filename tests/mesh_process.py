@@ -2,22 +2,20 @@
 
 python tests/mesh_process.py update DEVICES OUT.npz [COORDINATOR ID PROCESSES]
                                        one update on that many CPU devices of each process
-python tests/mesh_process.py train DEVICES ...     train_ghn.py on that many CPU devices
+python tests/mesh_process.py train DEVICES ...     ghn-train on that many CPU devices
 """
 
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
-
-sys.path.append(str(Path(__file__).parents[1] / "train"))
 import optax
 import test_training
-import train_ghn
 
-from ghn_jax.mesh import join_processes, make_mesh
-from ghn_jax.metastep import MetaStep
+from ghn_jax.cli import train as program
+from ghn_jax.training import loop
+from ghn_jax.training.mesh import join_processes, make_mesh
+from ghn_jax.training.update import MetaStep
 
 # Half of them with two fully connected layers: dropout.
 ARCHITECTURES = [a.replace(fc_layers=1 + i % 2) for i, a in enumerate(test_training.ARCHITECTURES)]
@@ -52,8 +50,8 @@ def update(devices: str, out: str, *launch: str) -> None:
 def train(devices: str, *arguments: str) -> None:
     """Runs the training program on small architectures."""
     jax.config.update("jax_num_cpu_devices", int(devices))
-    train_ghn.architecture_source = lambda *_: lambda i: ARCHITECTURES[i % 8]
-    train_ghn.main(list(arguments))
+    loop.architecture_source = lambda *_: lambda i: ARCHITECTURES[i % 8]
+    program.main(list(arguments))
 
 
 if __name__ == "__main__":

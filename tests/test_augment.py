@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ghn_jax import augment
+from ghn_jax.data import augment
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -6,10 +6,10 @@ from collections import defaultdict
 import networkx as nx
 import pytest
 
-from ghn_jax.architecture import DARTS, VIT, Architecture, Genotype
-from ghn_jax.canonical import canonical
-from ghn_jax.graph import build_graph
-from ghn_jax.wiring import is_connected
+from ghn_jax.deepnets1m.architecture import DARTS, VIT, Architecture, Genotype
+from ghn_jax.deepnets1m.canonical import canonical
+from ghn_jax.deepnets1m.graph import build_graph
+from ghn_jax.deepnets1m.wiring import is_connected
 
 KINDS = ("none", "skip_connect", "conv_1x1", "max_pool_3x3")
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from ghn_jax.checkpoint import Checkpoints, load_ghn, save_ghn
-from ghn_jax.ghn import GHN, mlp_baseline
+from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn, save_ghn
+from ghn_jax.hypernet.ghn import GHN, mlp_baseline
 
 SMALL = {"max_shape": (8, 8, 11, 11)}
 

@@ -6,8 +6,8 @@ import os
 import jax
 import pytest
 
-from ghn_jax import compilation
-from ghn_jax.compilation import known_options, program_options, single_run_options
+from ghn_jax.engine import compilation
+from ghn_jax.engine.compilation import known_options, program_options, single_run_options
 
 UNKNOWN = {"xla_an_option_that_no_version_has": True}
 KNOWN = {"xla_backend_optimization_level": "0"}

@@ -8,8 +8,8 @@ import pytest
 from definition import unit_by_unit
 
 from ghn_jax import build_network, count_flops, count_parameters, sample_architecture
-from ghn_jax.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
-from ghn_jax.sampling import SPLITS
+from ghn_jax.deepnets1m.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
+from ghn_jax.deepnets1m.sampling import SPLITS
 
 
 def flops_of(jaxpr) -> int:

@@ -14,11 +14,11 @@ import h5py
 import numpy as np
 import pytest
 
-from ghn_jax.architecture import Architecture
-from ghn_jax.counts import count_parameters
 from ghn_jax.deepnets1m import DeepNets1M
-from ghn_jax.graph import PRIMITIVES, build_graph
-from ghn_jax.sampling import RULES, choose_width
+from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.counts import count_parameters
+from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
+from ghn_jax.deepnets1m.sampling import RULES, choose_width
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("GHN_JAX_SHARED", ROOT.parent / "shared"))

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from ghn_jax import charts, drawing, layout
-from ghn_jax.graph import PRIMITIVES
+from ghn_jax.deepnets1m.graph import PRIMITIVES
+from ghn_jax.plot import charts, drawing, layout
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("GHN_JAX_SHARED", ROOT.parent / "shared"))

@@ -15,20 +15,22 @@ import pytest
 from definition import unit_by_unit
 from jax.flatten_util import ravel_pytree
 
-from ghn_jax.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
-from ghn_jax.compilation import program_options
-from ghn_jax.decoding import TilePrograms, Tiles, make_chunks
-from ghn_jax.engine import Engine, tree_of, weights_of
-from ghn_jax.ghn import GHN
-from ghn_jax.graph import PRIMITIVES, Graph, build_graph, pad_graphs
-from ghn_jax.kernels import concatenate
-from ghn_jax.network import Network, build_network
-from ghn_jax.operations import NormSum
-from ghn_jax.parameters import named_tree, node_tensors, squash, tile_kind, tile_tensors
-from ghn_jax.plan import Plan, make_plan
-from ghn_jax.programs import Programs
-from ghn_jax.sampling import RULES, SPLITS, sample_architecture
-from ghn_jax.wiring import Wiring, wire
+from ghn_jax.deepnets1m.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
+from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph, build_graph
+from ghn_jax.deepnets1m.layers import concatenate
+from ghn_jax.deepnets1m.network import Network, build_network
+from ghn_jax.deepnets1m.operations import NormSum
+from ghn_jax.deepnets1m.sampling import RULES, SPLITS, sample_architecture
+from ghn_jax.deepnets1m.task import Task
+from ghn_jax.deepnets1m.wiring import Wiring, wire
+from ghn_jax.engine.compilation import program_options
+from ghn_jax.engine.engine import Engine, tree_of, weights_of
+from ghn_jax.engine.plan import Plan, make_plan
+from ghn_jax.engine.programs import Programs
+from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.hypernet.padding import pad_graphs
+from ghn_jax.hypernet.tiling import named_tree, node_tensors, squash, tile_kind, tile_tensors
+from ghn_jax.training.decoding import TilePrograms, Tiles, make_chunks
 
 BATCH, SIZE, COUNT = 4, 16, 60
 # Tiles smaller than most kernels, and not square: channels repeat, axes cannot be confused.
@@ -48,16 +50,16 @@ class Case(NamedTuple):
 
     @classmethod
     def of(cls, arch: Architecture, name: str = "", size: int = SIZE) -> "Case":
-        wiring = wire(arch, image_size=size)
+        wiring = wire(arch, Task(image_size=size))
         return cls(name, arch, wiring, make_plan(wiring))
 
     @property
     def graph(self) -> Graph:
-        return graph_of(self.arch, self.wiring.image_size)
+        return graph_of(self.arch, self.wiring.task.image_size)
 
     @property
     def network(self):
-        return build_network(self.arch, image_size=self.wiring.image_size)
+        return build_network(self.arch, image_size=self.wiring.task.image_size)
 
 
 @functools.cache
@@ -188,7 +190,7 @@ def engine():
     """Its programs are compiled as in training."""
     programs = Programs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ghn_jax.engine.program_options", program_options)
+        patch.setattr("ghn_jax.engine.engine.program_options", program_options)
         made = Engine(programs=programs)
     yield made
     programs.close()

@@ -2,7 +2,6 @@
 
 import json
 
-import eval_ghn
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,20 +9,21 @@ import numpy as np
 import pytest
 from definition import unit_by_unit
 
-from ghn_jax import evaluation
-from ghn_jax.architecture import DARTS, VIT, Architecture
-from ghn_jax.checkpoint import save_ghn
-from ghn_jax.engine import Engine
-from ghn_jax.evaluation import (
+from ghn_jax.cli import evaluate
+from ghn_jax.data.images import Images, eval_batches, load_images
+from ghn_jax.deepnets1m.architecture import DARTS, VIT, Architecture
+from ghn_jax.deepnets1m.network import build_network
+from ghn_jax.engine.engine import Engine
+from ghn_jax.evaluation import accuracy as evaluation
+from ghn_jax.evaluation.accuracy import (
     evaluate_ghn,
     evaluate_network,
     named_architectures,
     random_parameters,
     summary,
 )
-from ghn_jax.ghn import GHN
-from ghn_jax.images import Images, eval_batches, load_images
-from ghn_jax.network import build_network
+from ghn_jax.hypernet.checkpoint import save_ghn
+from ghn_jax.hypernet.ghn import GHN
 
 SMALL = GHN(max_shape=(16, 16, 11, 11))
 
@@ -180,7 +180,7 @@ def saved(tmp_path_factory):
 
 def test_the_program_writes_a_record_for_each_network(saved, tmp_path, capsys):
     out = tmp_path / "results.json"
-    eval_ghn.main(
+    evaluate.main(
         ["--ckpt", str(saved), "--dataset", "digits", "--split", "named", "--num", "1",
          "--width", "8", "--out", str(out), "--cache-dir", str(tmp_path / "cache")]
     )  # fmt: skip
@@ -203,7 +203,7 @@ def test_the_program_writes_a_record_for_each_network(saved, tmp_path, capsys):
 def test_what_cannot_work_ends_at_once_in_a_sentence(arguments, message, saved, tmp_path):
     options = ["--ckpt", str(saved), "--dataset", "digits", "--cache-dir", str(tmp_path / "cache")]
     with pytest.raises((ValueError, OSError), match=message) as error:
-        eval_ghn.main([*options, *arguments])
+        evaluate.main([*options, *arguments])
     assert "\n" not in str(error.value)
 
 
@@ -211,5 +211,5 @@ def test_a_hypernetwork_for_other_classes_is_refused(tmp_path):
     ghn = GHN(7, max_shape=(8, 8, 11, 11))
     save_ghn(tmp_path / "ghn", ghn, ghn.init_variables(0))
     with pytest.raises(ValueError, match="digits has 10 classes, but .* classifiers for 7; give"):
-        eval_ghn.main(["--ckpt", str(tmp_path / "ghn"), "--dataset", "digits",
+        evaluate.main(["--ckpt", str(tmp_path / "ghn"), "--dataset", "digits",
                        "--cache-dir", str(tmp_path / "cache")])  # fmt: skip

@@ -6,16 +6,22 @@ from importlib import resources
 import pytest
 
 from ghn_jax import sample_architecture
-from ghn_jax.architecture import Architecture
-from ghn_jax.canonical import canonical
-from ghn_jax.deepnets1m.__main__ import main
-from ghn_jax.evaluation_sets import EVALUATION_SIZES, FILE, RESNET50, evaluation_set, is_held_out
-from ghn_jax.sampling import RULES
+from ghn_jax.cli.deepnets1m import main
+from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.canonical import canonical
+from ghn_jax.deepnets1m.evaluation_sets import (
+    EVALUATION_SIZES,
+    FILE,
+    RESNET50,
+    evaluation_set,
+    is_held_out,
+)
+from ghn_jax.deepnets1m.sampling import RULES
 
 
 def test_they_are_generated_again_byte_for_byte(tmp_path):
     main(["freeze", "--out", str(tmp_path / FILE)])
-    packed = (resources.files("ghn_jax") / FILE).read_bytes()
+    packed = (resources.files("ghn_jax.deepnets1m") / FILE).read_bytes()
     assert (tmp_path / FILE).read_bytes() == packed
     assert len(packed) < 100_000
 
@@ -59,12 +65,12 @@ def test_training_passes_over_them(monkeypatch):
     assert not is_held_out(first)
     assert is_held_out(evaluation_set("dense")[7].replace(C=8))
     monkeypatch.setattr(
-        "ghn_jax.sampling.is_held_out", lambda arch: canonical(arch) == canonical(first)
+        "ghn_jax.deepnets1m.sampling.is_held_out", lambda arch: canonical(arch) == canonical(first)
     )
     other = sample_architecture("train", 0, 0)
     assert canonical(other) != canonical(first)
     # Evaluation sets are not held out from themselves.
-    monkeypatch.setattr("ghn_jax.sampling.is_held_out", lambda arch: True)
+    monkeypatch.setattr("ghn_jax.deepnets1m.sampling.is_held_out", lambda arch: True)
     assert isinstance(sample_architecture("test", 0, 0), Architecture)
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from ghn_jax import sample_architecture
+from ghn_jax.cli.deepnets1m import main
 from ghn_jax.deepnets1m import DeepNets1M
-from ghn_jax.deepnets1m.__main__ import main
+from ghn_jax.deepnets1m.evaluation_sets import EVALUATION_SIZES, evaluation_set
+from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
 from ghn_jax.deepnets1m.reader import FileGraph
+from ghn_jax.deepnets1m.sampling import RULES
 from ghn_jax.deepnets1m.writer import entry_and_graph, write_deepnets1m
-from ghn_jax.evaluation_sets import EVALUATION_SIZES, evaluation_set
-from ghn_jax.graph import PRIMITIVES, build_graph
-from ghn_jax.sampling import RULES
 
 
 def assert_equal(a: FileGraph, b: FileGraph) -> None:

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import ghn_jax
-from ghn_jax.reinitialise import _correlation_deviation, tiled_kernels
+from ghn_jax.evaluation.reinitialise import _correlation_deviation, tiled_kernels
 
 
 class Net(nn.Module):
@@ -27,7 +27,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def predicted():
     ghn = ghn_jax.GHN()
-    return ghn_jax.predict(ghn, ghn.init_variables(0), Net(), jnp.zeros((1, 32, 32, 3)))
+    return ghn_jax.predict_model(ghn, ghn.init_variables(0), Net(), jnp.zeros((1, 32, 32, 3)))
 
 
 def batches(count):

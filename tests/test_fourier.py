@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ghn_jax import cpu_kernels, fourier
+from ghn_jax.engine import cpu_layers, fourier
 
 KERNELS = ((3, 3), (5, 5), (7, 7), (3, 5), (1, 7), (7, 1))
 
@@ -26,7 +26,7 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=3e-6)
 
 
-# Smaller than kernels, of an even and an odd size with each of them, not square.
+# Smaller than layers, of an even and an odd size with each of them, not square.
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 4), (9, 6), (11, 16)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_convolve_and_its_gradients(size, kernel):
@@ -81,7 +81,7 @@ def test_where_it_is_used(channels, features, size, kernel, strides, expected, m
 
         monkeypatch.setattr(fourier, name, call)
     x, w = jnp.asarray(random(64, size, size, channels)), random(*kernel, channels, features)
-    y, vjp = jax.vjp(lambda x, w: cpu_kernels.conv(x, w, strides), x, w)
+    y, vjp = jax.vjp(lambda x, w: cpu_layers.conv(x, w, strides), x, w)
     gradients = vjp(y)
     assert tuple(called.values()) == expected
     y, vjp = jax.vjp(lambda x, w: reference(x, w, strides), x, w)
@@ -95,7 +95,7 @@ def test_other_types_stay_what_they_are(dtype):
     with jax.enable_x64(dtype == "float64"):
         x = jnp.asarray(random(64, 8, 8, 64), dtype)
         w = jnp.asarray(random(7, 7, 64, 64), dtype)
-        y, vjp = jax.vjp(lambda x, w: cpu_kernels.conv(x, w, (1, 1)), x, w)
+        y, vjp = jax.vjp(lambda x, w: cpu_layers.conv(x, w, (1, 1)), x, w)
         assert {a.dtype for a in (y, *vjp(y))} == {jnp.dtype(dtype)}
         if dtype == "float64":
             np.testing.assert_allclose(y, reference(x, w), rtol=0, atol=1e-10)

@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ghn_jax.architecture import OPERATIONS, Architecture, Genotype
-from ghn_jax.canonical import canonical
-from ghn_jax.counts import count_flops, count_parameters
-from ghn_jax.graph import PRIMITIVES, build_graph
-from ghn_jax.wiring import DisconnectedError, is_connected, wire
+from ghn_jax.deepnets1m.architecture import OPERATIONS, Architecture, Genotype
+from ghn_jax.deepnets1m.canonical import canonical
+from ghn_jax.deepnets1m.counts import count_flops, count_parameters
+from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
+from ghn_jax.deepnets1m.wiring import DisconnectedError, is_connected, wire
 
 FIELDS = ("n_cells", "C", "C_mult", "ks", "stem_type", "stem_pool", "norm", "preproc", "glob_avg",
           "fc_layers", "fc_dim", "genotype")  # fmt: skip

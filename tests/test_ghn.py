@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ghn_jax import gatedgnn
-from ghn_jax.architecture import VIT, Architecture
-from ghn_jax.ghn import GHN, ghn1, mlp_baseline
-from ghn_jax.graph import Graph, build_graph, pad_graphs
-from ghn_jax.network import build_network
-from ghn_jax.sampling import RULES, sample_architecture
+from ghn_jax.deepnets1m.architecture import VIT, Architecture
+from ghn_jax.deepnets1m.graph import Graph, build_graph
+from ghn_jax.deepnets1m.network import build_network
+from ghn_jax.deepnets1m.sampling import RULES, sample_architecture
+from ghn_jax.hypernet import gatedgnn
+from ghn_jax.hypernet.ghn import GHN, ghn1, mlp_baseline
+from ghn_jax.hypernet.padding import pad_graphs
 
 IMAGENET = (64, 64, 16, 16)
 SMALL = {"max_shape": (16, 16, 11, 11)}
@@ -181,7 +182,7 @@ def test_predicted_parameters_fit_their_network():
 def test_predicting_for_other_images_and_classes():
     ghn = GHN(7, (16, 16, 16, 16))
     arch = Architecture(VIT, 3, C=16, C_mult=1, preproc=False)
-    params = ghn.predict(ghn.init_variables(0), arch, 7, 224)
+    params = ghn.predict(ghn.init_variables(0), arch, image_size=224)
     assert params["stem0"]["kernel"].shape == (16, 16, 3, 16)
     assert params["classifier_0"]["kernel"].shape == (16, 7)
 
@@ -251,7 +252,7 @@ def test_prediction_is_differentiable():
 
 
 def test_prediction_compiles_nothing_for_another_architecture_of_its_size():
-    from ghn_jax import ghn as module
+    from ghn_jax.hypernet import ghn as module
 
     ghn = GHN(**SMALL)
     variables = ghn.init_variables(0)
@@ -264,12 +265,6 @@ def test_prediction_compiles_nothing_for_another_architecture_of_its_size():
 
 
 # --- Bad input ------------------------------------------------------------------------------------
-
-
-def test_another_number_of_classes():
-    ghn = GHN(**SMALL)
-    with pytest.raises(ValueError, match="num_classes is 100, but .* for 10 classes"):
-        ghn.predict(ghn.init_variables(0), ARCHITECTURES[0], num_classes=100)
 
 
 def test_a_kernel_no_decoder_makes():

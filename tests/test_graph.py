@@ -6,10 +6,11 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from ghn_jax.architecture import DARTS, VIT, Architecture
-from ghn_jax.graph import PADDING_ID, PRIMITIVES, SWEEP_WIDTH, build_graph, pad_graphs
-from ghn_jax.sampling import sample_architecture
-from ghn_jax.wiring import DisconnectedError
+from ghn_jax.deepnets1m.architecture import DARTS, VIT, Architecture
+from ghn_jax.deepnets1m.graph import PADDING_ID, PRIMITIVES, build_graph
+from ghn_jax.deepnets1m.sampling import sample_architecture
+from ghn_jax.deepnets1m.wiring import DisconnectedError
+from ghn_jax.hypernet.padding import SWEEP_WIDTH, pad_graphs
 
 SAMPLES = [
     *(sample_architecture("train", 1, i) for i in range(12)),

@@ -19,8 +19,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ghn_jax import augment
-from ghn_jax.images import (
+from ghn_jax.data import augment
+from ghn_jax.data.images import (
     SPLITS,
     Images,
     _part,

@@ -17,19 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import train_ghn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ghn_jax import launch
-from ghn_jax.checkpoint import load_ghn
-from ghn_jax.engine import Engine
-from ghn_jax.mesh import join_processes, make_mesh, mesh_shape, parse_mesh
-from ghn_jax.metabatch import MAX_NODES, Stream, cost, divide, make_meta_batch
-from ghn_jax.metastep import MetaStep
-from ghn_jax.operations import NormSum
-from ghn_jax.presets import preset
-from ghn_jax.sampling import sample_architecture
+from ghn_jax.cli import train
+from ghn_jax.deepnets1m.operations import NormSum
+from ghn_jax.deepnets1m.sampling import sample_architecture
+from ghn_jax.deepnets1m.task import Task
+from ghn_jax.engine.engine import Engine
+from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.training import launch, loop
+from ghn_jax.training.config import preset
+from ghn_jax.training.mesh import join_processes, make_mesh, mesh_shape, parse_mesh
+from ghn_jax.training.meta_batch import MAX_BATCH_NODES, Stream, cost, divide, make_meta_batch
+from ghn_jax.training.update import MetaStep
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,15 +109,15 @@ def test_processes_that_cannot_be_joined(arguments, message):
 )
 def test_a_run_that_cannot_be_divided_ends_at_once(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train_ghn.main(["--preset", "demo", "--out", str(tmp_path / "run"), *options])
+        train.main(["--preset", "demo", "--out", str(tmp_path / "run"), *options])
     assert not (tmp_path / "run").exists()
 
 
 def test_there_is_an_architecture_for_each_row_at_least(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_ghn, "make_mesh", lambda: make_mesh(devices(3, 1)))
-    config = dataclasses.replace(preset("demo"), out=tmp_path, meta_batch=2)
+    monkeypatch.setattr(loop, "make_mesh", lambda: make_mesh(devices(3, 1)))
+    config = preset("demo").replace(out=tmp_path, meta_batch=2)
     with pytest.raises(ValueError, match="--meta-batch is 2; allowed: 3 or more"):
-        train_ghn.check(config)
+        loop.check(config)
 
 
 # --- Processes of a machine -----------------------------------------------------------------------
@@ -235,12 +236,12 @@ def test_architectures_are_divided_by_cost():
 
 
 ARCHITECTURES = [
-    sample_architecture("train", 3, i, rules=preset("demo").rules(32)) for i in range(16)
+    sample_architecture("train", 3, i, rules=preset("demo").space.rules(32)) for i in range(16)
 ]
 
 
 def test_processes_prepare_their_parts_of_one_division():
-    ghn = preset("demo").ghn(10, 16)
+    ghn = preset("demo").ghn(Task(10, 16))
 
     def prepare(*share):
         return make_meta_batch(ghn, ARCHITECTURES, image_size=16, share=share)
@@ -262,7 +263,7 @@ def test_processes_prepare_their_parts_of_one_division():
 
 
 def test_parts_of_different_sizes_have_arrays_of_one():
-    ghn = preset("demo").ghn(10, 16)
+    ghn = preset("demo").ghn(Task(10, 16))
     parts = [make_meta_batch(ghn, ARCHITECTURES, image_size=16, share=(i, 3), graph_nodes=128)
              for i in range(3)]  # fmt: skip
     assert len({len(part.members) for part in parts}) > 1
@@ -272,16 +273,18 @@ def test_parts_of_different_sizes_have_arrays_of_one():
 
 
 def test_the_limit_of_nodes_grows_with_the_meta_batch():
-    ghn = preset("demo").ghn(10, 16)
+    ghn = preset("demo").ghn(Task(10, 16))
     nodes = make_meta_batch(ghn, ARCHITECTURES, image_size=16).nodes
     stream = Stream(ghn, lambda i: ARCHITECTURES[i % 16], 16, 16, max_nodes=-(-nodes // 2))
     assert next(stream.batches(0)).position == 16
-    assert MAX_NODES == 2200
+    assert MAX_BATCH_NODES == 2200
 
 
 def test_fewer_architectures_than_rows():
     with pytest.raises(ValueError, match="2 architectures cannot be divided between 3 rows"):
-        make_meta_batch(preset("demo").ghn(10, 16), ARCHITECTURES[:2], image_size=16, share=(0, 3))
+        make_meta_batch(
+            preset("demo").ghn(Task(10, 16)), ARCHITECTURES[:2], image_size=16, share=(0, 3)
+        )
 
 
 # --- What devices exchange ------------------------------------------------------------------------
@@ -310,7 +313,7 @@ EXCHANGES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collec
 
 def test_one_all_reduce_for_each_update():
     """What crosses processes: loss, accuracy and gradient, once."""
-    ghn = preset("demo").ghn(10, 16)
+    ghn = preset("demo").ghn(Task(10, 16))
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("arch", "data"))
     step = MetaStep(ghn, optax.sgd(1.0), mesh=mesh)
     state = jax.eval_shape(lambda: step.init(0))

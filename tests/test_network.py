@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from definition import unit_by_unit
 
-from ghn_jax.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
-from ghn_jax.counts import count_parameters
-from ghn_jax.evaluation import random_parameters
-from ghn_jax.graph import build_graph
-from ghn_jax.network import build_network
-from ghn_jax.wiring import DisconnectedError
+from ghn_jax.deepnets1m.architecture import DARTS, OPERATIONS, VIT, Architecture, Genotype
+from ghn_jax.deepnets1m.counts import count_parameters
+from ghn_jax.deepnets1m.graph import build_graph
+from ghn_jax.deepnets1m.network import build_network
+from ghn_jax.deepnets1m.wiring import DisconnectedError
+from ghn_jax.evaluation.accuracy import random_parameters
 
 # One state in the concat, so that cells can do without 1x1 convolutions at their inputs.
 PLAIN = Genotype(

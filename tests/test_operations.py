@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_counts import flops_of
 
-from ghn_jax.architecture import OPERATIONS
-from ghn_jax.operations import (
+from ghn_jax.deepnets1m.architecture import OPERATIONS
+from ghn_jax.deepnets1m.operations import (
     EPSILON,
     Classifier,
     NormSum,

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ghn_jax import parity
-from ghn_jax.parity import Report, check_folder, check_network, main, relative_error
-from ghn_jax.torch_ghn import load_torch_ghn
+from ghn_jax.cli.parity import main
+from ghn_jax.interop import parity
+from ghn_jax.interop.parity import Report, check_folder, check_network, relative_error
+from ghn_jax.interop.torch_ghn import load_torch_ghn
 
 
 def test_everything_the_authors_computed(shared):
@@ -113,8 +114,10 @@ def test_relative_error():
 
 def test_a_folder_without_anything(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="holds nothing to check"):
-        main(tmp_path)
+        main([str(tmp_path)])
     entry = {"file": "a.npz", "ghn": "ghn2", "net": {"torchvision": "alexnet"}}
     (tmp_path / "index.json").write_text(json.dumps([entry]))
-    assert main(tmp_path) == 1
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 1
     assert "FAIL a.npz" in capsys.readouterr().out

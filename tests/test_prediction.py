@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import ghn_jax
-from ghn_jax.tracing import trace
+from ghn_jax.tracing.model_graph import trace
 
 IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
@@ -50,7 +50,7 @@ class Small(nn.Module):
 
 @pytest.fixture(scope="module")
 def small(ghn):
-    return ghn_jax.predict(*ghn, Small(), IMAGES)
+    return ghn_jax.predict_model(*ghn, Small(), IMAGES)
 
 
 def rows(report):
@@ -61,7 +61,7 @@ def test_design_space_networks_get_what_the_hypernetwork_predicts(ghn):
     model, variables = ghn
     arch = ghn_jax.evaluation_set("test")[3].replace(n_cells=3, C=16)
     network = ghn_jax.build_network(arch)
-    predicted, report = ghn_jax.predict(model, variables, network, IMAGES, strict=True)
+    predicted, report = ghn_jax.predict_model(model, variables, network, IMAGES, strict=True)
     expected = model.predict(variables, arch)
     assert jax.tree.structure(predicted["params"]) == jax.tree.structure(expected)
     for ours, theirs in zip(*map(jax.tree.leaves, (predicted["params"], expected)), strict=True):
@@ -78,7 +78,7 @@ def test_zoo(name, ghn):
     reports = []
 
     def shapes(ghn_variables):
-        variables, report = ghn_jax.predict(hypernetwork, ghn_variables, model, IMAGES)
+        variables, report = ghn_jax.predict_model(hypernetwork, ghn_variables, model, IMAGES)
         reports.append(report)
         return variables
 
@@ -107,25 +107,25 @@ def test_the_same_model_is_traced_once(ghn):
             return nn.Dense(10)(nn.Conv(self.width, (3, 3))(x).mean((1, 2)))
 
     model = Counting()
-    first, _ = ghn_jax.predict(*ghn, model, IMAGES)
+    first, _ = ghn_jax.predict_model(*ghn, model, IMAGES)
     once = traced
-    again, _ = ghn_jax.predict(*ghn, model, IMAGES)
+    again, _ = ghn_jax.predict_model(*ghn, model, IMAGES)
     assert traced == once
     jax.tree.map(np.testing.assert_array_equal, first, again)
     larger = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     for how in (
-        lambda: ghn_jax.predict(*ghn, Counting(), IMAGES),
-        lambda: ghn_jax.predict(*ghn, model, larger),
-        lambda: ghn_jax.predict(*ghn, model, IMAGES, seed=1),
-        lambda: ghn_jax.predict(*ghn, model, IMAGES, train=True),
-        lambda: ghn_jax.predict(*ghn, model, IMAGES, initial=first),
+        lambda: ghn_jax.predict_model(*ghn, Counting(), IMAGES),
+        lambda: ghn_jax.predict_model(*ghn, model, larger),
+        lambda: ghn_jax.predict_model(*ghn, model, IMAGES, seed=1),
+        lambda: ghn_jax.predict_model(*ghn, model, IMAGES, train=True),
+        lambda: ghn_jax.predict_model(*ghn, model, IMAGES, initial=first),
     ):
         before = traced
         how()
         assert traced > before
-    ghn_jax.predict(*ghn, model, IMAGES)
+    ghn_jax.predict_model(*ghn, model, IMAGES)
     other = jax.tree.map(lambda v: 2 * v, ghn[1])
-    different, _ = ghn_jax.predict(ghn[0], other, model, IMAGES)
+    different, _ = ghn_jax.predict_model(ghn[0], other, model, IMAGES)
     assert np.any(different["params"]["Conv_0"]["kernel"] != first["params"]["Conv_0"]["kernel"])
 
 
@@ -184,8 +184,8 @@ def test_weights_of_any_layout(ghn):
             x = nn.Conv(8, (5, 3), 4, use_bias=False, name="conv")(x)
             return nn.Dense(10, use_bias=False, name="dense")(x.mean((1, 2)))
 
-    ours = ghn_jax.predict(model, variables, Transposed(), IMAGES, strict=True)[0]["params"]
-    usual = ghn_jax.predict(model, variables, Usual(), IMAGES, strict=True)[0]["params"]
+    ours = ghn_jax.predict_model(model, variables, Transposed(), IMAGES, strict=True)[0]["params"]
+    usual = ghn_jax.predict_model(model, variables, Usual(), IMAGES, strict=True)[0]["params"]
     np.testing.assert_array_equal(ours["conv"], usual["conv"]["kernel"].transpose(2, 3, 0, 1))
     np.testing.assert_array_equal(ours["dense"], usual["dense"]["kernel"].T)
 
@@ -205,7 +205,7 @@ def test_a_classifier_is_found_by_where_the_output_comes_from(ghn):
 
     model, variables = ghn
     for convolution in (False, True):
-        _, report = ghn_jax.predict(model, variables, Last(convolution), IMAGES, strict=True)
+        _, report = ghn_jax.predict_model(model, variables, Last(convolution), IMAGES, strict=True)
         # A classifier's kernel has all of its classes, others would be slices of 64 channels.
         assert rows(report)["last/kernel"].how == "decoded"
         assert rows(report)["first/kernel"].how == "sliced"
@@ -247,7 +247,7 @@ def test_shapes_off_the_tables_are_told(ghn):
             x = nn.Conv(61, (2, 2), 8, use_bias=False)(x)
             return nn.Dense(10)(x.mean((1, 2)))
 
-    _, report = ghn_jax.predict(*ghn, Odd(), IMAGES)
+    _, report = ghn_jax.predict_model(*ghn, Odd(), IMAGES)
     note = rows(report)["Conv_0/kernel"].note
     assert note == "encoded with out 61 as 64, height 2 as 3, width 2 as 3"
 
@@ -261,10 +261,10 @@ def test_what_is_left_is_as_it_was_initialised(ghn, small):
     token, position = initial(jax.random.key(0))
     np.testing.assert_allclose(small[0]["params"]["token"], token, rtol=1e-6)
     np.testing.assert_allclose(small[0]["params"]["position"][:, 0], position[:, 0], rtol=1e-6)
-    other, _ = ghn_jax.predict(*ghn, Small(), IMAGES, seed=1)
+    other, _ = ghn_jax.predict_model(*ghn, Small(), IMAGES, seed=1)
     assert not np.allclose(other["params"]["token"], token)
     given = jax.tree.map(lambda x: jnp.full(x.shape, 7.0), small[0])
-    kept, _ = ghn_jax.predict(*ghn, Small(), IMAGES, initial=given)
+    kept, _ = ghn_jax.predict_model(*ghn, Small(), IMAGES, initial=given)
     assert float(kept["params"]["token"].min()) == 7
     assert float(kept["batch_stats"]["norm"]["mean"].min()) == 7
     assert float(jnp.abs(kept["params"]["first"]["kernel"]).max()) < 7
@@ -272,13 +272,13 @@ def test_what_is_left_is_as_it_was_initialised(ghn, small):
 
 def test_strict(ghn):
     with pytest.raises(ValueError, match=r"1 of 18 parameters would be left .*token: concat"):
-        ghn_jax.predict(*ghn, Small(), IMAGES, strict=True)
+        ghn_jax.predict_model(*ghn, Small(), IMAGES, strict=True)
 
 
 @pytest.mark.parametrize("classes", [10, 37])
 def test_heads_that_are_left(ghn, small, classes):
     options = {"keep_head": True} if classes == 10 else {}
-    predicted, report = ghn_jax.predict(*ghn, Small(classes), IMAGES, **options)
+    predicted, report = ghn_jax.predict_model(*ghn, Small(classes), IMAGES, **options)
     why = {p.path: p.note for p in report.left if p.path != "token"}
     reason = "keep_head"
     if classes == 37:
@@ -301,14 +301,16 @@ def test_kernels_that_no_decoder_makes(ghn):
         def __call__(self, x):
             return nn.Dense(10)(nn.Conv(8, (13, 13), 8)(x).mean((1, 2)))
 
-    _, report = ghn_jax.predict(*ghn, Large(), IMAGES)
+    _, report = ghn_jax.predict_model(*ghn, Large(), IMAGES)
     (left,) = report.left
     assert left.path == "Conv_0/kernel"
     assert "kernels of this hypernetwork go up to 11x11" in left.note
 
 
 def test_training_mode_and_types(ghn):
-    predicted, report = ghn_jax.predict(*ghn, Small(param_dtype=jnp.bfloat16), IMAGES, train=True)
+    predicted, report = ghn_jax.predict_model(
+        *ghn, Small(param_dtype=jnp.bfloat16), IMAGES, train=True
+    )
     assert predicted["params"]["first"]["kernel"].dtype == jnp.bfloat16
     assert predicted["params"]["head"]["kernel"].dtype == jnp.float32
     assert len(report.left) == 1
@@ -322,7 +324,7 @@ def test_inputs_that_are_no_images_are_told(ghn):
         def __call__(self, x):
             return nn.Dense(10)(nn.relu(nn.Dense(8)(x)))
 
-    _, report = ghn_jax.predict(*ghn, Dense(), sample, strict=True)
+    _, report = ghn_jax.predict_model(*ghn, Dense(), sample, strict=True)
     assert any("(2, 12) is no batch of images" in note for note in report.notes)
 
 
@@ -335,7 +337,7 @@ def test_predictions_are_differentiable(ghn):
     model, variables = ghn
 
     def loss(variables):
-        predicted, _ = ghn_jax.predict(model, variables, Tiny(), IMAGES)
+        predicted, _ = ghn_jax.predict_model(model, variables, Tiny(), IMAGES)
         return (Tiny().apply(predicted, jnp.ones(IMAGES.shape)) ** 2).sum()
 
     # Traced only: whatever left JAX on its way would raise an error.
@@ -377,7 +379,7 @@ def test_nnx(ghn, training):
     if not training:
         module.eval()
     before = jax.tree.map(jnp.copy, nnx.state(module, nnx.Param, nnx.BatchStat))
-    predicted, report = ghn_jax.predict(*ghn, module, jnp.zeros(IMAGES.shape))
+    predicted, report = ghn_jax.predict_model(*ghn, module, jnp.zeros(IMAGES.shape))
     assert isinstance(predicted, Modern)
     assert [p.path for p in report.left] == ["scale"]
     assert rows(report)["blocks/1/norm/scale"].primitive == "bn"
@@ -406,8 +408,8 @@ def test_nnx_and_linen_get_the_same(ghn):
         def __call__(self, x):
             return self.head(nnx.relu(self.stem(x)).mean((1, 2)))
 
-    linen, _ = ghn_jax.predict(*ghn, Linen(), IMAGES)
-    module, _ = ghn_jax.predict(*ghn, Nnx(nnx.Rngs(0)), IMAGES)
+    linen, _ = ghn_jax.predict_model(*ghn, Linen(), IMAGES)
+    module, _ = ghn_jax.predict_model(*ghn, Nnx(nnx.Rngs(0)), IMAGES)
     np.testing.assert_array_equal(module.stem.kernel[...], linen["params"]["stem"]["kernel"])
     np.testing.assert_array_equal(module.head.bias[...], linen["params"]["head"]["bias"])
 
@@ -415,11 +417,11 @@ def test_nnx_and_linen_get_the_same(ghn):
 def test_bad_nnx(ghn):
     abstract = nnx.eval_shape(lambda: Modern(nnx.Rngs(0)))
     with pytest.raises(ValueError, match="the module is abstract .* but scale stays"):
-        ghn_jax.predict(*ghn, abstract, IMAGES)
+        ghn_jax.predict_model(*ghn, abstract, IMAGES)
     with pytest.raises(ValueError, match="an NNX module holds its initial values"):
-        ghn_jax.predict(*ghn, Modern(nnx.Rngs(0)), IMAGES, initial={})
+        ghn_jax.predict_model(*ghn, Modern(nnx.Rngs(0)), IMAGES, initial={})
 
 
 def test_no_params(ghn):
     with pytest.raises(ValueError, match="Small has no parameters"):
-        ghn_jax.predict(*ghn, Small(), IMAGES, initial={"batch_stats": {}})
+        ghn_jax.predict_model(*ghn, Small(), IMAGES, initial={"batch_stats": {}})

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from ghn_jax import programs
-from ghn_jax.programs import Program, Programs
+from ghn_jax.engine import programs
+from ghn_jax.engine.programs import Program, Programs
 
 
 class Maker:

@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from ghn_jax import sampling
-from ghn_jax.architecture import OPERATIONS, Architecture, Genotype
-from ghn_jax.counts import count_parameters
-from ghn_jax.sampling import RULES, SPLITS, Rules, choose_width, sample_architecture
-from ghn_jax.wiring import wire
+from ghn_jax.deepnets1m import sampling
+from ghn_jax.deepnets1m.architecture import OPERATIONS, Architecture, Genotype
+from ghn_jax.deepnets1m.counts import count_parameters
+from ghn_jax.deepnets1m.sampling import RULES, SPLITS, Rules, choose_width, sample_architecture
+from ghn_jax.deepnets1m.wiring import wire
 
 TRIPLES = (("train", 0, 0), ("wide", 3, 17), ("dense", 2**32 - 1, 5))
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from ghn_jax import zoo
-from ghn_jax.architecture import DARTS, VIT, Architecture
-from ghn_jax.counts import count_parameters
-from ghn_jax.deepnets1m.__main__ import main
+from ghn_jax.cli.deepnets1m import main
+from ghn_jax.deepnets1m.architecture import DARTS, VIT, Architecture
+from ghn_jax.deepnets1m.counts import count_parameters
 from ghn_jax.deepnets1m.distance import hungarian_distance
-from ghn_jax.deepnets1m.figures import draw_examples, draw_statistics
+from ghn_jax.deepnets1m.evaluation_sets import evaluation_set
+from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
+from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.statistics import degree_and_path, statistics, table
-from ghn_jax.evaluation_sets import evaluation_set
-from ghn_jax.graph import PRIMITIVES, build_graph
-from ghn_jax.sampling import sample_architecture
-from ghn_jax.tracing import model_graph
+from ghn_jax.plot.splits import draw_examples, draw_statistics
+from ghn_jax.tracing.model_graph import model_graph
 
 
 def test_the_published_figures_of_resnet50_and_vit():

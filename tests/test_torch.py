@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ghn_jax import convert, torch_models, zoo
-from ghn_jax.architecture import DARTS, VIT, Architecture
-from ghn_jax.checkpoint import load_ghn, save_ghn
-from ghn_jax.ghn import GHN, ghn1, mlp_baseline
-from ghn_jax.network import build_network
-from ghn_jax.sampling import sample_architecture
-from ghn_jax.torch_file import read_torch, write_torch
-from ghn_jax.torch_ghn import load_torch_ghn, save_torch_ghn, torch_shapes
-from ghn_jax.torch_network import from_torch, to_torch
+from ghn_jax import zoo
+from ghn_jax.cli import convert
+from ghn_jax.deepnets1m.architecture import DARTS, VIT, Architecture
+from ghn_jax.deepnets1m.network import build_network
+from ghn_jax.deepnets1m.sampling import sample_architecture
+from ghn_jax.hypernet.checkpoint import load_ghn, save_ghn
+from ghn_jax.hypernet.ghn import GHN, ghn1, mlp_baseline
+from ghn_jax.interop import torch_models
+from ghn_jax.interop.torch_file import read_torch, write_torch
+from ghn_jax.interop.torch_ghn import load_torch_ghn, save_torch_ghn, torch_shapes
+from ghn_jax.interop.torch_network import from_torch, to_torch
 
 SMALL = {"max_shape": (16, 8, 11, 11)}
 DTYPES = ["f4", "f8", "f2", "i8", "i4", "i2", "i1", "u1", "?", ml_dtypes.bfloat16]
@@ -197,9 +199,7 @@ def test_a_hypernetwork_there_and_back(ghn, suffix, tmp_path):
     again, loaded = load_torch_ghn(path)
     same(loaded, variables)
     arch = Architecture(VIT, 3, C=16, C_mult=1, preproc=False)
-    same(
-        again.predict(loaded, arch, ghn.num_classes), ghn.predict(variables, arch, ghn.num_classes)
-    )
+    same(again.predict(loaded, arch), ghn.predict(variables, arch))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 

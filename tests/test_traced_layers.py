@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ghn_jax.graph import PRIMITIVES
-from ghn_jax.tracing import model_graph, trace
+from ghn_jax.deepnets1m.graph import PRIMITIVES
+from ghn_jax.tracing.model_graph import model_graph, trace
 
 FEATURES = jax.ShapeDtypeStruct((2, 16, 16, 8), jnp.float32)
 

@@ -12,14 +12,14 @@ import pytest
 from flax import nnx
 
 import ghn_jax
-from ghn_jax import network
-from ghn_jax.architecture import OPERATIONS
-from ghn_jax.graph import PRIMITIVES
-from ghn_jax.jaxpr_graph import read_graph
-from ghn_jax.parity import _compare_graphs, _labels
-from ghn_jax.torch_network import abstract_params
-from ghn_jax.tracing import model_graph, trace
-from ghn_jax.wiring import is_connected, wire
+from ghn_jax.deepnets1m import network
+from ghn_jax.deepnets1m.architecture import OPERATIONS
+from ghn_jax.deepnets1m.graph import PRIMITIVES
+from ghn_jax.deepnets1m.wiring import is_connected, wire
+from ghn_jax.interop.parity import _compare_graphs, _labels
+from ghn_jax.interop.torch_network import abstract_params
+from ghn_jax.tracing.jaxpr_graph import read_graph
+from ghn_jax.tracing.model_graph import model_graph, trace
 
 IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 FEATURES = jax.ShapeDtypeStruct((2, 16, 16, 8), jnp.float32)
@@ -216,7 +216,7 @@ def test_a_model_of_another_library():
 
 
 def test_draw_is_exported():
-    from ghn_jax.drawing import draw_graph
+    from ghn_jax.plot.drawing import draw_graph
 
     assert ghn_jax.draw is draw_graph
     with pytest.raises(AttributeError, match="no attribute 'drawn'"):

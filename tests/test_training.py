@@ -10,26 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import train_ghn
 from definition import unit_by_unit
 
-from ghn_jax.architecture import Architecture, Genotype
-from ghn_jax.checkpoint import load_ghn
-from ghn_jax.compilation import CompilationCounter
-from ghn_jax.engine import Engine
-from ghn_jax.ghn import GHN
-from ghn_jax.graph import pad_graphs
-from ghn_jax.images import load_images
-from ghn_jax.mesh import make_mesh
-from ghn_jax.meta_loss import meta_loss
-from ghn_jax.metabatch import Stream, make_meta_batch
-from ghn_jax.metastep import MetaStep
-from ghn_jax.network import Network
-from ghn_jax.plan import make_plan
-from ghn_jax.presets import PRESETS, preset
-from ghn_jax.programs import Programs
-from ghn_jax.sampling import RULES, sample_architecture
-from ghn_jax.wiring import wire
+from ghn_jax.cli import train
+from ghn_jax.data.images import load_images, train_batches
+from ghn_jax.deepnets1m.architecture import Architecture, Genotype
+from ghn_jax.deepnets1m.network import Network
+from ghn_jax.deepnets1m.sampling import RULES, sample_architecture
+from ghn_jax.deepnets1m.task import Task
+from ghn_jax.deepnets1m.wiring import wire
+from ghn_jax.engine.compilation import CompilationCounter
+from ghn_jax.engine.engine import Engine
+from ghn_jax.engine.plan import make_plan
+from ghn_jax.engine.programs import Programs
+from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.hypernet.padding import pad_graphs
+from ghn_jax.training import loop
+from ghn_jax.training.config import preset
+from ghn_jax.training.mesh import make_mesh
+from ghn_jax.training.meta_batch import Stream, make_meta_batch
+from ghn_jax.training.meta_loss import meta_loss
+from ghn_jax.training.update import MetaStep
 
 GHN_ = GHN(max_shape=(16, 16, 11, 11), virtual_includes_real=True)
 SIZE, BATCH = 16, 8
@@ -47,7 +49,7 @@ def small_architectures(count: int, pool: int = 60) -> list[Architecture]:
     chosen, units = [], set()
 
     def needed(arch):
-        plan = make_plan(wire(arch, image_size=SIZE))
+        plan = make_plan(wire(arch, Task(image_size=SIZE)))
         return {(s.unit, plan.values[s.output], None in s.inputs) for s in plan.steps}
 
     while len(chosen) < count:
@@ -70,7 +72,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def batch(digits):
-    images, labels = next(train_ghn.train_batches(digits, BATCH, seed=0, start_step=0))
+    images, labels = next(train_batches(digits, BATCH, seed=0, start_step=0))
     return jnp.asarray(images), jnp.asarray(labels)
 
 
@@ -239,7 +241,7 @@ class Listed(Programs):
 
 def test_hardly_any_program_is_new_after_a_few_hundred_architectures():
     """Of the paper's, of which none repeats."""
-    rules, programs = preset("ghn2").rules(32), Listed()
+    rules, programs = preset("ghn2").space.rules(32), Listed()
     engine, counts, asked = Engine(programs=programs), [], 0
     architectures = [sample_architecture("train", 0, i, rules=rules) for i in range(240)]
     assert len(set(architectures)) == len(architectures)
@@ -305,9 +307,9 @@ def test_large_meta_batches_are_passed_over():
 
 
 def config(out, tmp_path, **changes):
-    return dataclasses.replace(
-        preset("demo"), out=out, batch_size=BATCH, meta_batch=2, save_every=2,
-        cache_dir=tmp_path / "cache", **changes,
+    return preset("demo").replace(
+        out=out, batch_size=BATCH, meta_batch=2, save_every=2, cache_dir=tmp_path / "cache",
+        **changes,
     )  # fmt: skip
 
 
@@ -316,13 +318,13 @@ def runs(tmp_path_factory, digits):
     """A run of four updates, and one that stops after two and is resumed."""
     folder = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()
-    patch.setattr(train_ghn, "architecture_source", lambda *_: lambda i: ARCHITECTURES[i % 4])
-    train_ghn.train(config(folder / "whole", folder, steps=4), digits)
-    train_ghn.train(config(folder / "parts", folder, steps=2), digits)
+    patch.setattr(loop, "architecture_source", lambda *_: lambda i: ARCHITECTURES[i % 4])
+    loop.train(config(folder / "whole", folder, steps=4), digits)
+    loop.train(config(folder / "parts", folder, steps=2), digits)
     # Of an update that was interrupted before its checkpoint.
     with (folder / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 99.0, "top1": 0.0}\n{"step": 4, "lo')
-    train_ghn.train(config(folder / "parts", folder, steps=4, resume=True), digits)
+    loop.train(config(folder / "parts", folder, steps=4, resume=True), digits)
     patch.undo()
     return folder
 
@@ -375,7 +377,7 @@ def test_what_cannot_work_ends_at_once_in_a_sentence(arguments, message, tmp_pat
         arguments = ["--preset", "demo", *arguments]
     options = ["--out", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
     with pytest.raises((ValueError, OSError), match=message) as error:
-        train_ghn.main([*arguments, *options])
+        train.main([*arguments, *options])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -383,7 +385,7 @@ def test_what_cannot_work_ends_at_once_in_a_sentence(arguments, message, tmp_pat
 def test_a_run_is_not_overwritten(runs):
     before = files(runs / "whole")
     with pytest.raises(ValueError, match="holds a run of 4 updates already; add --resume"):
-        train_ghn.main(["--preset", "demo", "--out", str(runs / "whole")])
+        train.main(["--preset", "demo", "--out", str(runs / "whole")])
     assert files(runs / "whole") == before
 
 
@@ -391,29 +393,31 @@ def test_a_run_of_another_hypernetwork_is_not_resumed(runs, digits):
     before = files(runs / "whole")
     other = config(runs / "whole", runs, steps=6, resume=True, virtual_edges=1)
     with pytest.raises(ValueError, match="does not fit the module"):
-        train_ghn.train(other, digits)
+        loop.train(other, digits)
     assert files(runs / "whole") == before
 
 
 def test_options_change_the_preset():
-    given = train_ghn.parse(["--preset", "ghn1", "--learning-rate", "0.5", "--widths", "16", "32"])
-    assert (given.meta_batch, given.virtual_edges) == (1, 1)
-    assert (given.learning_rate, given.widths) == (0.5, (16, 32))
+    given = train.parse(["--preset", "ghn1", "--learning-rate", "0.5", "--widths", "16", "32"])
+    assert (given.space.meta_batch, given.model.virtual_edges) == (1, 1)
+    assert (given.optimiser.learning_rate, given.space.widths) == (0.5, (16, 32))
 
 
 def test_the_papers_hyperparameters():
     for name, meta in (("ghn2", 8), ("ghn1", 1), ("mlp", 1)):
-        c = PRESETS[name]
-        assert (c.learning_rate, c.weight_decay, c.clip, c.batch_size) == (1e-3, 1e-5, 5.0, 64)
-        assert (c.epochs, c.decay_epochs, c.decay, c.meta_batch) == (300, (200, 250), 0.1, meta)
-        assert c.max_nodes == 2200
-        assert c.rules(32).n_cells == RULES["train"].n_cells
-    assert PRESETS["ghn1"].ghn(10, 32).normalise is False
-    assert PRESETS["mlp"].ghn(10, 32).hypernet == "mlp"
+        c = preset(name)
+        o = c.optimiser
+        assert (o.learning_rate, o.weight_decay, o.clip) == (1e-3, 1e-5, 5.0)
+        assert (o.decay_epochs, o.decay) == ((200, 250), 0.1)
+        assert (c.data.batch_size, c.data.epochs, c.space.meta_batch) == (64, 300, meta)
+        assert c.space.max_nodes == 2200
+        assert c.space.rules(32).n_cells == RULES["train"].n_cells
+    assert preset("ghn1").ghn(Task()).normalise is False
+    assert preset("mlp").ghn(Task()).hypernet == "mlp"
 
 
 def test_the_learning_rate_falls_tenfold_at_epochs_200_and_250():
-    optimizer = preset("ghn2").optimizer(steps_per_epoch=1)
+    optimizer = preset("ghn2").optimiser.make(steps_per_epoch=1)
     params = jnp.zeros(())
     state, sizes = optimizer.init(params), []
     update = jax.jit(optimizer.update)

@@ -15,8 +15,9 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 import ghn_jax
-from ghn_jax import torch_models, zoo
-from ghn_jax.parameters import parameter_path
+from ghn_jax import zoo
+from ghn_jax.deepnets1m.names import parameter_path
+from ghn_jax.interop import torch_models
 from ghn_jax.zoo.squeezenet import max_pool
 from ghn_jax.zoo.vgg import adaptive_avg_pool
 

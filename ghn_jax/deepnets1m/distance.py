@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from ghn_jax.graph import Graph
+from ghn_jax.deepnets1m.graph import Graph
 
 
 def hungarian_distance(a: Graph, b: Graph) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from ghn_jax.architecture import VIT, Architecture
-from ghn_jax.canonical import Form, canonical
-from ghn_jax.evaluation_sets import EVALUATION_SIZES, RESNET50
-from ghn_jax.sampling import RULES, sample_architecture
+from ghn_jax.deepnets1m.architecture import VIT, Architecture
+from ghn_jax.deepnets1m.canonical import Form, canonical
+from ghn_jax.deepnets1m.evaluation_sets import EVALUATION_SIZES, RESNET50
+from ghn_jax.deepnets1m.sampling import RULES, sample_architecture
 
 # The paper's ViT (§ 3): 12 layers of 128 channels.
 PREDEFINED = (

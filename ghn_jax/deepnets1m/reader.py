@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from ghn_jax.architecture import Architecture
-from ghn_jax.graph import PRIMITIVES
-from ghn_jax.sampling import Rules, rules_of, seeded, set_width
+from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.graph import PRIMITIVES
+from ghn_jax.deepnets1m.sampling import Rules, rules_of, seeded, set_width
+from ghn_jax.deepnets1m.task import Task
 
 # On ImageNet the authors' loader widens `wide` by less than on CIFAR-10.
 _IMAGENET_WIDEN = 2
-_LARGE_IMAGES = 96  # pixels; above it, networks have the stems for ImageNet
 
 STORED_PATHS = 250  # longest paths in the files
 
@@ -239,7 +239,7 @@ class DeepNets1M:
         if rules is None:
             rules = rules_of(split)
         rules = dataclasses.replace(rules, image_size=image_size)
-        if rules.widen > 1 and image_size > _LARGE_IMAGES:
+        if rules.widen > 1 and Task(image_size=image_size).large:
             rules = dataclasses.replace(rules, widen=_IMAGENET_WIDEN)
         return cls(path, split, meta, rules, image_size, seed)
 
@@ -347,7 +347,7 @@ class DeepNets1M:
             self._file = None
 
     def _num_params(self, entry: Mapping[str, Any]) -> int | None:
-        style = "imagenet" if self._image_size > _LARGE_IMAGES else "cifar10"
+        style = "imagenet" if Task(image_size=self._image_size).large else "cifar10"
         return entry.get("num_params", {}).get(style)
 
     def _open(self) -> h5py.File:

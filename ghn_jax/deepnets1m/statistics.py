@@ -9,9 +9,9 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import shortest_path
 
-from ghn_jax.architecture import Architecture
-from ghn_jax.counts import count_parameters
-from ghn_jax.graph import PRIMITIVES, build_graph
+from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.counts import count_parameters
+from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
 
 
 @dataclasses.dataclass(frozen=True)

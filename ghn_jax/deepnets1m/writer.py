@@ -15,10 +15,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ghn_jax.architecture import Architecture
+from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
 from ghn_jax.deepnets1m.reader import STORED_PATHS, FileGraph, Tables, meta_path
-from ghn_jax.graph import PRIMITIVES, build_graph
-from ghn_jax.sampling import Rules, reference_size
+from ghn_jax.deepnets1m.sampling import Rules, reference_size
 
 
 def entry_and_graph(arch: Architecture, rules: Rules) -> tuple[dict[str, Any], FileGraph]:

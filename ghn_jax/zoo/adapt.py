@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LARGEST_SMALL = 96  # pixels; the images of STL-10
+from ghn_jax.deepnets1m.task import Task
 
 
 def is_small(image_size: int) -> bool:
@@ -16,4 +16,4 @@ def is_small(image_size: int) -> bool:
     """
     if image_size < 32:
         raise ValueError(f"image_size is {image_size}; allowed: 32 pixels or more")
-    return image_size <= LARGEST_SMALL
+    return not Task(image_size=image_size).large

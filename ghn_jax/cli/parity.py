@@ -1,0 +1,50 @@
+"""Checks this package against outputs of the authors' implementation.
+
+    python -m ghn_jax.parity DIR
+
+DIR holds `index.json` with the `.npz` files that it lists (graphs, embeddings, parameters, logits
+of networks), `random_{ghn}_cifar10.pt` checkpoints, `images.npy`, `gradient_{ghn}.npz` with
+`_nets.json`, and `deepnets1m/*.hdf5` with their meta files; whatever of it is there is checked.
+Prints a line for each file with the worst relative error of each kind, ||ours - theirs|| /
+||theirs|| of a tensor, and exits with 1 if any is beyond its tolerance.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from ghn_jax.cli import command
+from ghn_jax.interop.parity import check_folder
+
+PROG = "ghn_jax.parity"
+
+
+def check(folder: tyro.conf.Positional[Path]) -> int:
+    """Checks a folder of the authors' outputs; returns how many files fail.
+
+    Args:
+      folder: laid out as the module's docstring says.
+    """
+    failed = count = 0
+    for report in check_folder(folder):
+        print(report, flush=True)
+        count += 1
+        failed += not report.passed
+    print(f"{count - failed} of {count} files pass")
+    return failed
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Entry point."""
+    if tyro.cli(check, prog=PROG, args=arguments, description=__doc__):
+        sys.exit(1)
+
+
+run = command(PROG, main)
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,75 @@
+r"""Trains a graph hypernetwork (paper Eq. 2, § 5.1).
+
+    ghn-train --dataset cifar10 --data-dir DIR --preset ghn2 --steps 200 --out runs/x
+
+Every option of the preset can be changed on the command line. `runs/x/metrics.jsonl` gets one
+object for each update, `runs/x/checkpoints` the model, the optimizer and the position in the images
+and architectures; `--resume` goes on exactly where the last checkpoint was.
+
+All devices share the work: `--mesh arch=4,data=2` divides the architectures of an update between
+four processes, which are started here, and the images between the two devices of each. On several
+hosts, run the same command on each with `--coordinator HOST:PORT --process-id I --num-processes N`;
+or start a process for each row under Slurm or on GKE, with `--coordinator auto`. `--out` must be a
+folder that all of them see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from ghn_jax.cli import command
+from ghn_jax.data.images import load_images
+from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.engine.memory import keep_memory
+from ghn_jax.training.config import PRESETS, TrainConfig, preset
+from ghn_jax.training.launch import rows_here, start_rows
+from ghn_jax.training.loop import check, train
+from ghn_jax.training.mesh import check_processes, join_processes
+
+PROG = "ghn-train"
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """Reads the command line: a preset, and options that change it.
+
+    tyro's own presets are subcommands (`ghn-train ghn2 ...`); as an option, the preset is read
+    first, because the defaults of all others are its.
+    """
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default="ghn2")
+    name = first.parse_known_args(arguments)[0].preset
+    return tyro.cli(
+        TrainConfig,
+        prog=PROG,
+        default=preset(name),
+        args=arguments,
+        description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. Defaults are those of {name}.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Entry point."""
+    config = parse(arguments)
+    run = config.run
+    launch = run.coordinator, run.process_id, run.num_processes
+    check_processes(*launch)
+    rows, columns = rows_here(run.mesh, run.coordinator, run.num_processes)
+    if rows > 1:
+        sys.exit(start_rows(arguments, rows, columns, *launch))
+    join_processes(*launch)
+    check(config)
+    keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", run.cache_dir))
+    keep_memory()
+    train(config, load_images(config.data.dataset, "train", data_dir=config.data.data_dir))
+
+
+run = command(PROG, main)
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,1 @@
+"""Images: handwritten digits, CIFAR-10, ImageNet, and their augmentation."""

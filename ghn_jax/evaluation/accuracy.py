@@ -1,0 +1,232 @@
+"""Evaluates networks with predicted parameters (paper § 5.1, C.1).
+
+Batch norm uses the statistics of each batch of 64 images, as in the paper. Networks of the design
+space are run by the engine, which compiles none of them; any other Linen module is compiled once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ghn_jax import zoo
+from ghn_jax.data.images import Images, eval_batches
+from ghn_jax.deepnets1m.architecture import DARTS, PDARTS, VIT, Architecture
+from ghn_jax.deepnets1m.evaluation_sets import RESNET50
+from ghn_jax.deepnets1m.network import Network, build_network
+from ghn_jax.engine.engine import Engine, weights_of
+from ghn_jax.engine.plan import make_plan
+from ghn_jax.evaluation.batch_statistics import apply_on_batch
+from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.tracing.prediction import predict_model
+
+
+class Accuracy(NamedTuple):
+    """Of one network: fractions of the images, their number, and seconds with compilation."""
+
+    top1: float
+    top5: float
+    images: int
+    seconds: float
+
+
+@jax.jit
+def _count_correct(logits, labels, counted) -> jax.Array:
+    """(2,) how often the right class is the first, and among the first five."""
+    # The right class's rank; a class that ties with it counts as ahead of it.
+    target = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    rank = (logits >= target).sum(1) - 1
+    # Logits that are not finite are never right.
+    rank = jnp.where(jnp.isfinite(logits).all(1), rank, logits.shape[1])
+    right = jnp.stack([rank < 1, rank < 5]) & (jnp.arange(len(rank)) < counted)
+    return right.sum(1)
+
+
+def _full_batches(images: Images, size: int):
+    """Batches of one size, (images, labels, counted): how many of the first count.
+
+    A last, smaller batch would be a program of its own. It is repeated up to full size where that
+    leaves its statistics as they are (of CIFAR-10, 16 images four times), else filled with the
+    first images.
+    """
+    first = None
+    for batch, labels in eval_batches(images, size):
+        first = (batch, labels) if first is None else first
+        counted = len(batch)
+        fill = (batch, labels) if size % counted == 0 else first
+        while len(batch) < size <= len(images):
+            batch = np.concatenate([batch, fill[0]])[:size]
+            labels = np.concatenate([labels, fill[1]])[:size]
+        yield batch, labels, counted
+
+
+def _logits(network: nn.Module, engine: Engine, images: int):
+    """How a network runs, by the engine if it can: a tree of parameters -> (images -> logits)."""
+    if not isinstance(network, Network):
+        run = jax.jit(lambda params, x: apply_on_batch(network, {"params": params}, x))
+        return lambda params: functools.partial(run, params)
+    plan = make_plan(network.wiring())
+    ready = engine.prepare(plan, images, gradient=False)
+
+    def with_params(params):
+        weights = weights_of(plan, params)
+        return lambda x: engine.forward(ready, weights, x)[0]
+
+    return with_params
+
+
+def evaluate_network(
+    network: nn.Module,
+    *candidates,
+    images: Images,
+    batch_size: int = 64,
+    engine: Engine | None = None,
+) -> list[Accuracy]:
+    """Accuracies of a network on a set of images, batch norm on batch statistics.
+
+    Args:
+      network: from `build_network`, or another Linen module.
+      candidates: trees of parameters for it.
+      images: the images.
+      batch_size: images in a batch; all are of this size.
+      engine: runs networks of the design space; the same for several finds most programs compiled.
+    """
+    engine = engine or Engine()
+    with_params = _logits(network, engine, min(batch_size, len(images)))
+    # One batch leaves a part of two cores idle; on accelerators the next is queued in any case.
+    at_once = 2 if jax.default_backend() == "cpu" else 1
+
+    def count(run, batch):
+        x, labels, counted = batch
+        return _count_correct(run(x), labels, counted)
+
+    accuracies = []
+    for params in candidates:
+        start = time.perf_counter()
+        run = with_params(jax.device_put(params))
+        batches = _full_batches(images, batch_size)
+        counts = [count(run, next(batches))]  # compiled before threads need it
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            while some := list(itertools.islice(batches, at_once)):
+                counts += pool.map(functools.partial(count, run), some)
+                jax.block_until_ready(
+                    counts[-2 * at_once :][0]
+                )  # so that not all are queued at once
+        top1, top5 = (float(share) for share in np.sum(jax.device_get(counts), 0) / len(images))
+        accuracies.append(Accuracy(top1, top5, len(images), time.perf_counter() - start))
+    return accuracies
+
+
+def random_parameters(network: nn.Module, image_size: int, seed: int):
+    """He-initialised parameters of a network, a pure function of the seed.
+
+    Drawn here and not by `network.init`, which would be compiled for every network.
+    """
+    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            return np.full(leaf.shape, float(name == "scale"), np.float32)
+        fan_in = 2 if name == "embedding" else np.prod(leaf.shape[:-1])  # of std 1
+        return rng.standard_normal(leaf.shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def named_architectures(width: int, n_cells: int = 8) -> dict[str, Architecture]:
+    """The paper's named networks of the design space, at a small width."""
+    darts = {"C": width, "n_cells": n_cells, "fc_layers": 1}
+    return {
+        "DARTS": Architecture(DARTS, **darts),
+        "PDARTS": Architecture(PDARTS, **darts),
+        "ViT": Architecture(
+            VIT, n_cells=n_cells, C=width, C_mult=1, preproc=False, stem_type=0, fc_layers=1
+        ),
+    }
+
+
+def predict_network(
+    ghn: GHN, variables, arch: Architecture | str, image_size: int
+) -> tuple[nn.Module, dict]:
+    """The Flax module of an architecture, or of 'resnet50', and its predicted parameters."""
+    if arch == RESNET50:
+        network = zoo.resnet50(ghn.num_classes, image_size)
+        sample = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+        predicted, _ = predict_model(ghn, variables, network, sample, strict=True)
+        return network, predicted["params"]
+    params = ghn.predict(variables, arch, image_size=image_size)
+    return build_network(arch, ghn.num_classes, image_size), params
+
+
+def evaluate_ghn(
+    ghn: GHN,
+    variables,
+    architectures: Iterable[tuple[str, Architecture | str]],
+    images: Images,
+    *,
+    batch_size: int = 64,
+    compare_random: bool = False,
+    engine: Engine | None = None,
+    report: Callable[[dict], None] = lambda record: None,
+) -> list[dict]:
+    """Predicts the parameters of architectures and evaluates them, one after another.
+
+    Args:
+      ghn, variables: the hypernetwork.
+      architectures: names and architectures, or 'resnet50'.
+      images: the images to evaluate on.
+      batch_size: images in a batch.
+      compare_random: evaluate the same networks with random (He) parameters too.
+      engine: that runs them; a new one if not given.
+      report: called with each record as soon as it is there.
+
+    Returns:
+      One record for each architecture: name, top1, top5 (fractions), images, parameters (number
+      predicted), predict_seconds, evaluate_seconds, architecture (as data), and top1_random.
+    """
+    engine, records = engine or Engine(), []
+    for name, arch in architectures:
+        start = time.perf_counter()
+        network, params = predict_network(ghn, variables, arch, images.image_size)
+        jax.block_until_ready(params)
+        predict_seconds = time.perf_counter() - start
+        candidates = [params]
+        if compare_random:
+            candidates.append(random_parameters(network, images.image_size, seed=len(records)))
+        accuracy, *random = evaluate_network(
+            network, *candidates, images=images, batch_size=batch_size, engine=engine
+        )
+        record = {
+            "name": name,
+            "top1": accuracy.top1,
+            "top5": accuracy.top5,
+            "images": accuracy.images,
+            "parameters": sum(p.size for p in jax.tree.leaves(params)),
+            "predict_seconds": round(predict_seconds, 3),
+            "evaluate_seconds": round(accuracy.seconds, 3),
+            "architecture": arch if arch == RESNET50 else arch.to_dict(),
+        }
+        if random:
+            record["top1_random"] = random[0].top1
+        report(record)
+        records.append(record)
+    return records
+
+
+def summary(records: list[dict], key: str = "top1") -> tuple[float, float, float]:
+    """Mean, standard error and maximum of a field over records."""
+    values = np.array([record[key] for record in records])
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(values.mean()), float(error), float(values.max())

@@ -1,0 +1,206 @@
+"""Hypernetworks on disk: an Orbax checkpoint and a plain JSON file with the configuration.
+
+A folder holds `config.json` and `checkpoints/<step>/`. Training runs have the same layout, so what
+reads a saved hypernetwork reads a run. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from ghn_jax.hypernet.ghn import GHN
+
+_CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
+
+
+def ghn_config(ghn: GHN) -> dict[str, Any]:
+    """The fields of a hypernetwork, as JSON-ready data."""
+    names = [f.name for f in dataclasses.fields(ghn) if f.name not in ("parent", "name")]
+    return {name: getattr(ghn, name) for name in names}
+
+
+def _ghn_from_config(config: dict[str, Any], path: Path) -> GHN:
+    fields = set(ghn_config(GHN()))
+    if set(config) != fields:
+        raise ValueError(
+            f"{path} describes a hypernetwork by {sorted(config)}, expected {sorted(fields)}; "
+            "it is not one of this version's checkpoints"
+        )
+    return GHN(**{**config, "max_shape": tuple(config["max_shape"])})
+
+
+class Checkpoints:
+    """The checkpoints of one folder.
+
+    Args:
+      path: the folder.
+      keep: how many of the latest checkpoints to keep.
+    """
+
+    def __init__(self, path: str | Path, *, keep: int = 2):
+        self.path = Path(path)
+        self._keep = keep
+
+    def _open(self) -> ocp.training.Checkpointer:
+        context = ocp.Context()
+        # Some megabytes: written by one device, without programs that cut a part for each.
+        context.array_options.saving.use_replica_parallel = False
+        return ocp.training.Checkpointer(
+            (self.path / _CHECKPOINTS).absolute(),
+            context=context,
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+        )
+
+    def write_config(self, ghn: GHN, **more: Any) -> None:
+        """Writes `config.json`: the hypernetwork's fields and whatever else is JSON."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"ghn": ghn_config(ghn), **more}, indent=2)
+        temporary = self.path / (_CONFIG + ".part")
+        temporary.write_text(text + "\n")
+        temporary.replace(self.path / _CONFIG)
+
+    def config(self) -> dict[str, Any]:
+        """Reads `config.json`.
+
+        Raises:
+          FileNotFoundError: there is none.
+          ValueError: it is not what `write_config` writes.
+        """
+        path = self.path / _CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{self.path} holds no {_CONFIG}; give a folder written by training or by save_ghn"
+            )
+        try:
+            config = json.loads(path.read_text())
+            config["ghn"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); it should be JSON with a key 'ghn'"
+            ) from None
+        return config
+
+    def ghn(self) -> GHN:
+        """The hypernetwork that `config.json` describes."""
+        return _ghn_from_config(self.config()["ghn"], self.path / _CONFIG)
+
+    def latest(self) -> int | None:
+        """The last checkpoint's step, None if there is none."""
+        if not (self.path / _CHECKPOINTS).is_dir():
+            return None
+        with self._open() as checkpointer:
+            return checkpointer.latest.step if checkpointer.latest else None
+
+    def save(self, step: int, position: int, **trees: Any) -> None:
+        """Saves trees of arrays under a step, with a position of the architecture stream.
+
+        Where there are several processes, all of them call this, as they do `load`.
+        """
+        with self._open() as checkpointer:
+            checkpointer.save_checkpointables(
+                step, trees, custom_metadata={"position": position}, overwrite=True
+            )
+
+    def load(
+        self, sharding: jax.sharding.Sharding | None = None, **like: Any
+    ) -> tuple[int, int, dict[str, Any]]:
+        """Loads trees from the last checkpoint, whatever devices it was saved from.
+
+        Args:
+          sharding: where the arrays go; to JAX's first device if not given.
+          **like: for each tree the shapes and types expected of it.
+
+        Returns:
+          (step, position, trees).
+
+        Raises:
+          FileNotFoundError: there is no checkpoint.
+          ValueError: a tree's names, shapes or types are not those expected.
+        """
+        if self.latest() is None:
+            raise FileNotFoundError(
+                f"{self.path} holds no checkpoint; give a folder written by training or by save_ghn"
+            )
+        with self._open() as checkpointer:
+            step = checkpointer.latest.step
+            metadata = checkpointer.checkpointables_metadata(step)
+            for name, tree in like.items():
+                _check(self.path, name, tree, metadata.metadata.get(name))
+            sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            abstract = {
+                name: jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+                )
+                for name, tree in like.items()
+            }
+            trees = checkpointer.load_checkpointables(step, abstract)
+            return step, int(metadata.custom_metadata["position"]), trees
+
+
+def _shapes(tree: Any) -> dict[str, tuple]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+
+    def name(path):
+        # A restored tree has dictionaries and lists where the one saved had named tuples.
+        return "/".join(
+            str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path
+        )
+
+    return {name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _check(path: Path, name: str, expected: Any, found: Any) -> None:
+    """Orbax may load a tree in part where it does not match, so compare it first."""
+    if found is None:
+        raise ValueError(f"{path} holds no {name!r}; it was not written for this purpose")
+    want, have = _shapes(expected), _shapes(found)
+    if want != have:
+        wrong = [k for k in want if have.get(k, want[k]) != want[k]]
+        wrong += sorted(set(want) ^ set(have))
+        example = ", ".join(f"{k}: {have.get(k)} for {want.get(k)}" for k in wrong[:3])
+        raise ValueError(
+            f"the checkpoint in {path} does not fit the module: {len(wrong)} arrays of {name!r} "
+            f"differ (found for expected: {example}); use the configuration it was saved with"
+        )
+
+
+def save_ghn(path: str | Path, ghn: GHN, variables: Any) -> None:
+    """Saves a hypernetwork to a new folder.
+
+    Args:
+      path: a folder that does not exist yet, or is empty.
+      ghn: the module.
+      variables: {'params': ...} of it.
+
+    Raises:
+      FileExistsError: the folder holds something already; it is left as it is.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already; give a new folder to save_ghn")
+    checkpoints = Checkpoints(path)
+    checkpoints.write_config(ghn)
+    checkpoints.save(0, 0, params=variables["params"])
+
+
+def load_ghn(path: str | Path) -> tuple[GHN, dict]:
+    """Loads a hypernetwork from a folder that `save_ghn` or a training run wrote.
+
+    Returns:
+      The module and its variables, from the last checkpoint.
+
+    Raises:
+      FileNotFoundError: the folder holds no hypernetwork.
+      ValueError: the checkpoint does not fit the module that its configuration describes.
+    """
+    checkpoints = Checkpoints(path)
+    ghn = checkpoints.ghn()
+    like = jax.eval_shape(lambda: ghn.init_variables(0))["params"]
+    _, _, trees = checkpoints.load(params=like)
+    return ghn, {"params": trees["params"]}

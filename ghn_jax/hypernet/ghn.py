@@ -1,0 +1,204 @@
+"""Graph HyperNetworks (paper § 2.2, § 4): GHN-2, the GHN-1 baseline and the MLP baseline."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+
+from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph, build_graph
+from ghn_jax.hypernet.decoder import Decoder, ShapeEncoder
+from ghn_jax.hypernet.gatedgnn import GatedGNN, NodeMLP
+from ghn_jax.hypernet.padding import next_power_of_two, pad_graphs
+from ghn_jax.hypernet.tiling import TileKind, check_decodable, named_tree, node_tensors, tile_kind
+
+
+class GHN(nn.Module):
+    """A graph hypernetwork: from computational graphs to parameters.
+
+    `GHN()` is GHN-2 for CIFAR-10; `ghn1()` and `mlp_baseline()` make the paper's baselines.
+
+    Attributes:
+      num_classes: classes of the image dataset.
+      max_shape: (out, in, height, width) of the largest decoded tile; larger parameters are tiled
+        along channels.
+      hypernet: 'gatedgnn', or 'mlp' for node states without message passing.
+      virtual_edges: s^(max) of Eq. 4 (GHN-2: 50); 1 for real edges only (GHN-1).
+      virtual_includes_real: sum over virtual edges from s = 1, as the released checkpoints were
+        trained, in place of the paper's 1 < s.
+      normalise: differentiable normalisation of predicted parameters (§ 4.1).
+      layer_norm: layer norm of the final node states.
+      features: d, size of node states.
+      dummy_op: an extra row of the op embedding for padding nodes, as the paper prints it (B.2.1);
+        released checkpoints have none.
+    """
+
+    num_classes: int = 10
+    max_shape: tuple[int, int, int, int] = (64, 64, 11, 11)
+    hypernet: str = "gatedgnn"
+    virtual_edges: int = 50
+    virtual_includes_real: bool = False
+    normalise: bool = True
+    layer_norm: bool = True
+    features: int = 32
+    dummy_op: bool = True
+
+    def setup(self):
+        """Makes the parts; their parameters are shared by everything below."""
+        if self.hypernet not in ("gatedgnn", "mlp"):
+            raise ValueError(f"hypernet is {self.hypernet!r}; allowed: 'gatedgnn', 'mlp'")
+        d = self.features
+        rows = len(PRIMITIVES) + self.dummy_op
+        self.op_embedding = self.param("op_embedding", nn.initializers.normal(1.0), (rows, d))
+        self.shape_encoder = ShapeEncoder(d, self.num_classes, self.max_shape[2])
+        self.gnn = (
+            GatedGNN(d, self.virtual_edges > 1, self.virtual_includes_real)
+            if self.hypernet == "gatedgnn"
+            else NodeMLP(d)
+        )
+        if self.layer_norm:
+            self.norm = nn.LayerNorm(epsilon=1e-5)
+        self.decoder = Decoder(d, self.max_shape, self.num_classes)
+
+    def __call__(self, graph: jraph.GraphsTuple) -> jax.Array:
+        """Encodes a padded batch of graphs: (N, d) final node states."""
+        rows = jnp.minimum(graph.nodes["primitive"], self.op_embedding.shape[0] - 1)
+        x = self.op_embedding[rows] + self.shape_encoder(graph.nodes["shape"])
+        x = self.gnn(x, graph)
+        return self.norm(x) if self.layer_norm else x
+
+    def decode(self, states: jax.Array, kind: TileKind) -> jax.Array:
+        """Decodes (n, d) node states to n tiles of one kind; see `decoder.Decoder`."""
+        return self.decoder(states, kind)
+
+    def encode_and_decode_all(self, graph: jraph.GraphsTuple) -> tuple:
+        """Runs every part once, so that `init` creates every parameter."""
+        states = self(graph)
+        kinds = ("kernel", "depthwise", "position", "classifier", "vector", "classifier_bias")
+        return tuple(self.decode(states[:1], TileKind(kind)) for kind in kinds)
+
+    def init_variables(self, seed: int) -> dict:
+        """Random variables {'params': ...}, a pure function of the seed."""
+        example = Graph(
+            primitives=np.zeros(1, np.int32),
+            edges=np.zeros((0, 3), np.int32),
+            param_shapes=[None],
+            names=["input"],
+            cells=np.zeros(1, np.int32),
+        )
+        return _init(self, jax.random.key(seed), pad_graphs([example], n_node=2, n_edge=1))
+
+    # --- What users call ---
+
+    def graph(self, arch: Architecture, *, image_size: int = 32) -> Graph:
+        """The graph of an architecture as this hypernetwork needs it (its virtual edges).
+
+        Raises:
+          ValueError: a parameter is beyond what the decoders can make, or the graph is
+            disconnected.
+        """
+        graph = build_graph(
+            arch, self.virtual_edges, num_classes=self.num_classes, image_size=image_size
+        )
+        check_decodable(graph, self.max_shape)
+        return graph
+
+    def embed(self, variables, arch: Architecture | Graph, *, image_size: int = 32) -> jax.Array:
+        """(N, d) final node states of one architecture, in the order of its graph's nodes."""
+        graph = arch if isinstance(arch, Graph) else self.graph(arch, image_size=image_size)
+        states = _encode(self, variables, pad_graphs([graph]))
+        return states[: len(graph)]
+
+    def predict(
+        self,
+        variables,
+        arch: Architecture | Graph,
+        *,
+        image_size: int = 32,
+    ) -> dict:
+        """Predicts all parameters of one network.
+
+        No program is compiled for an architecture: its graph is data to programs whose shapes are
+        rounded up to powers of two. Under `jax.grad` the result is differentiable.
+
+        Args:
+          variables: of this module.
+          arch: an architecture, or the graph of any network.
+          image_size: height and width of the images, in pixels.
+
+        Returns:
+          The `params` tree of `build_network(arch, self.num_classes, image_size)`.
+
+        Raises:
+          ValueError: a shape that no decoder makes.
+        """
+        graph = arch if isinstance(arch, Graph) else self.graph(arch, image_size=image_size)
+        if isinstance(arch, Graph):
+            check_decodable(graph, self.max_shape)
+        params = named_tree(graph, self.tensors(variables, graph))
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
+        return params if traced else jax.tree.map(jnp.asarray, params)
+
+    def tensors(
+        self, variables, graph: Graph, nodes: Iterable[int] | None = None
+    ) -> dict[int, dict[str, np.ndarray | jax.Array]]:
+        """Predicts the tensors of a graph's nodes, whatever module they belong to.
+
+        Args:
+          variables: of this module.
+          graph: the graph of any network.
+          nodes: those wanted; None for all that have parameters.
+
+        Returns:
+          node -> its tensors as `tiling.node_tensors` names them, NumPy's unless traced.
+        """
+        states = _encode(self, variables, pad_graphs([graph]))
+        xp = jnp if isinstance(states, jax.core.Tracer) else np
+        groups = defaultdict(list)
+        for node in range(len(graph)) if nodes is None else nodes:
+            kind = tile_kind(graph, node)
+            if kind is not None:
+                groups[kind].append(node)
+        decoded = {}
+        for kind, group in groups.items():
+            padded = np.zeros(next_power_of_two(len(group)), np.int32)
+            padded[: len(group)] = group
+            decoded[kind] = _decode(self, variables, states, padded, kind)
+        tensors = {}
+        for kind, group in groups.items():  # a second loop: the device decodes while we wait
+            tiles = xp.asarray(decoded[kind])
+            for i, node in enumerate(group):
+                tensors[node] = node_tensors(graph, node, tiles[i], self.normalise, xp)
+        return tensors
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(ghn: GHN, key: jax.Array, graph: jraph.GraphsTuple) -> dict:
+    return ghn.init(key, graph, method="encode_and_decode_all")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(ghn: GHN, variables, graph: jraph.GraphsTuple) -> jax.Array:
+    return ghn.apply(variables, graph)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _decode(ghn: GHN, variables, states: jax.Array, nodes: jax.Array, kind: TileKind) -> jax.Array:
+    return ghn.apply(variables, states[nodes], kind, method="decode")
+
+
+def ghn1(num_classes: int = 10, **options) -> GHN:
+    """The GHN-1 baseline (B.1): no virtual edges, normalisation or layer norm."""
+    return GHN(num_classes, virtual_edges=1, normalise=False, layer_norm=False, **options)
+
+
+def mlp_baseline(num_classes: int = 10, **options) -> GHN:
+    """The MLP baseline (§ 5.1): GHN-2 without message passing."""
+    return GHN(num_classes, hypernet="mlp", **options)

@@ -1,0 +1,201 @@
+"""From decoded tiles to a network's parameters: which decoder, tiling, normalisation (§ 4.1, B.1).
+
+The functions take NumPy or JAX arrays: prediction assembles parameters on the host in NumPy, the
+engine does the same inside compiled programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph
+from ghn_jax.deepnets1m.names import insert, parameter_path
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class TileKind:
+    """What is decoded for a node: a method of `decoder.Decoder` and a kernel's size."""
+
+    decoder: str
+    height: int = 1
+    width: int = 1
+
+
+def parameter_kind(primitive: str, shape: tuple[int, ...]) -> TileKind:
+    """The kind of tile that a parameter is made from, unless it is the classifier's."""
+    if len(shape) == 1:
+        return TileKind("vector")
+    if len(shape) == 2:
+        return TileKind("kernel")
+    if primitive == "pos_enc":
+        return TileKind("position", *shape[2:])
+    return TileKind("depthwise" if shape[1] == 1 else "kernel", *shape[2:])
+
+
+CLASSIFIER = TileKind("classifier"), TileKind("classifier_bias")  # weight and bias
+
+
+def tile_kind(graph: Graph, node: int) -> TileKind | None:
+    """The kind of tile that a node's parameter is made from, None for a node without one."""
+    shape, primitive = graph.param_shapes[node], PRIMITIVES[graph.primitives[node]]
+    if shape is None or primitive in ("max_pool", "avg_pool"):
+        return None
+    for kind, index in zip(CLASSIFIER, graph.classifier, strict=False):
+        if node == index % len(graph):
+            return kind
+    return parameter_kind(primitive, shape)
+
+
+def undecodable(shape: tuple[int, ...] | None, max_shape: tuple[int, int, int, int]) -> str | None:
+    """Why no decoder makes a parameter of some shape, None where one does."""
+    if shape is None:
+        return None
+    if len(shape) not in (1, 2, 4):
+        return "supported are vectors, matrices and 4-dimensional kernels"
+    if len(shape) == 4 and (shape[2] > max_shape[2] or shape[3] > max_shape[3]):
+        return (
+            f"kernels of this hypernetwork go up to {max_shape[2]}x{max_shape[3]}; use one with a "
+            "larger max_shape"
+        )
+    return None
+
+
+def check_decodable(graph: Graph, max_shape: tuple[int, int, int, int]) -> None:
+    """Raises ValueError if a parameter's shape is beyond what the decoders can make."""
+    for name, shape in zip(graph.names, graph.param_shapes, strict=True):
+        reason = undecodable(shape, max_shape)
+        if reason:
+            raise ValueError(f"no decoder makes the shape {shape} of {name!r}: {reason}")
+
+
+def weight_scale(shape: tuple[int, ...]) -> float:
+    """Table 2: sqrt(beta / fan in) of a weight of two dimensions or more (PyTorch's order).
+
+    beta is 2, but 1 where no ReLU follows: depthwise kernels and the 1xk half of a factorised one.
+    """
+    fan_in = math.prod(shape[1:])
+    before_linear = len(shape) > 2 and (shape[1] == 1 or shape[2] < shape[3])
+    return math.sqrt((1.0 if before_linear else 2.0) / fan_in)
+
+
+def squash_norm_weight(p, xp):
+    """Table 2: weights of norm layers, 2 * sigmoid(p / 2), in (0, 2)."""
+    return 2 / (1 + xp.exp(-0.5 * p))
+
+
+def squash_bias(p, xp):
+    """Table 2: biases, tanh(p / 5), in (-1, 1)."""
+    return xp.tanh(0.2 * p)
+
+
+def tile_axis(x, axis: int, size: int, xp):
+    """Slices or repeats an axis to a size (B.1: tiling across channels)."""
+    have = x.shape[axis]
+    if size > have:
+        repeats = [1] * x.ndim
+        repeats[axis] = -(-size // have)
+        x = xp.tile(x, repeats)
+    index = [slice(None)] * x.ndim
+    index[axis] = slice(0, size)
+    return x[tuple(index)]
+
+
+def weight_from_tile(
+    tile, shape: tuple[int, ...], kind: TileKind, normalise: bool, xp, repeat: bool = True
+):
+    """Makes a weight in Flax's layout from a decoded tile.
+
+    Args:
+      tile: as `decoder.Decoder` returns it for one node.
+      shape: the parameter's shape in PyTorch's order: (out, in) or (out, in, height, width).
+      kind: the tile's kind.
+      normalise: apply Table 2.
+      xp: `numpy` or `jax.numpy`.
+      repeat: whether a weight with more inputs than the tile has repeats it (B.1); without, it has
+        as many rows as there are.
+
+    Returns:
+      (in, out) for linear layers, (height, width, in, out) for convolutions, where depthwise ones
+      have in = 1, and (height, width, channels) for positional encodings.
+    """
+    if kind.decoder == "position":
+        # Positional encodings are left as they are: they are added to, not multiplied with.
+        return tile_axis(tile, -1, shape[1], xp).reshape(kind.height, kind.width, shape[1])
+    w = tile_axis(tile, -1, shape[0], xp)
+    if kind.decoder == "depthwise":
+        w = w.reshape(kind.height, kind.width, 1, shape[0])
+    else:
+        w = tile_axis(w, -2, shape[1] if repeat else min(shape[1], w.shape[-2]), xp)
+        if len(shape) == 4:
+            w = w.reshape(kind.height, kind.width, shape[1], shape[0])
+        elif kind.decoder == "kernel":
+            w = w[0]
+    return w * xp.asarray(weight_scale(shape), w.dtype) if normalise else w
+
+
+def squash(tiles, kind: TileKind, xp):
+    """Table 2 for norm layers and biases: it depends on nothing but the tile.
+
+    Args:
+      tiles: (..., 2, n) vectors or (..., classes) classifier biases; others are left as they are.
+      kind: of the tiles.
+      xp: `numpy` or `jax.numpy`.
+    """
+    if kind.decoder == "vector":
+        scale, bias = tiles[..., 0, :], tiles[..., 1, :]
+        return xp.stack([squash_norm_weight(scale, xp), squash_bias(bias, xp)], axis=-2)
+    return squash_bias(tiles, xp) if kind.decoder == "classifier_bias" else tiles
+
+
+def tile_tensors(
+    primitive: str, shape, kind: TileKind, tile, normalise: bool, xp, repeat: bool = True
+) -> dict[str, object]:
+    """A parameter's tensors, made from its tile.
+
+    Args:
+      primitive, shape: of its node, the shape in PyTorch's order.
+      kind: of the tile.
+      tile: as `decoder.Decoder` returns it, behind `squash` where parameters are normalised.
+      normalise: scale weights as § 4.1 does.
+      xp: `numpy` or `jax.numpy`.
+      repeat: see `weight_from_tile`.
+
+    Returns:
+      {'kernel': (in, out) or (height, width, in, out)}, {'embedding': (height, width, channels)},
+      {'scale', 'bias': (channels,)} of norm layers, or {'bias': (channels,)}.
+    """
+    if kind.decoder == "classifier_bias":
+        return {"bias": tile_axis(tile, 0, shape[0], xp)}
+    if kind.decoder == "vector":
+        if primitive in ("bn", "ln"):
+            return {
+                leaf: tile_axis(tile[i], 0, shape[0], xp)
+                for i, leaf in enumerate(("scale", "bias"))
+            }
+        return {"bias": tile_axis(tile[1], 0, shape[0], xp)}
+    leaf = "embedding" if kind.decoder == "position" else "kernel"
+    return {leaf: weight_from_tile(tile, shape, kind, normalise, xp, repeat)}
+
+
+def node_tensors(graph: Graph, node: int, tile, normalise: bool, xp) -> dict[str, object]:
+    """The tensors of a node, from its tile as `decoder.Decoder` returns it; see `tile_tensors`."""
+    primitive, shape = PRIMITIVES[graph.primitives[node]], graph.param_shapes[node]
+    kind = tile_kind(graph, node)
+    tile = squash(tile, kind, xp) if normalise else tile
+    return tile_tensors(primitive, shape, kind, tile, normalise, xp)
+
+
+def named_tree(graph: Graph, tensors: dict[int, dict[str, object]]) -> dict:
+    """The `params` tree of a network whose modules have the official names.
+
+    Args:
+      graph: the network's graph.
+      tensors: node -> its tensors, as `node_tensors` makes them.
+    """
+    params: dict = {}
+    for node, leaves in tensors.items():
+        path = parameter_path(graph.names[node])
+        for leaf, tensor in leaves.items():
+            insert(params, (*path, leaf), tensor)
+    return params

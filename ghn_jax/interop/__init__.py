@@ -1,0 +1,1 @@
+"""In and out of PyTorch: files, converters, and our numbers beside the authors'."""

@@ -1,0 +1,157 @@
+"""Converts hypernetworks and predicted networks between JAX's and PyTorch's files.
+
+What a path is, its name tells: `.pt` and `.safetensors` are PyTorch's names and layouts, anything
+else is a folder of Orbax's. Nothing that exists is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import safetensors.numpy
+import tyro
+
+from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.graph import Graph, build_graph
+from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn, save_ghn
+from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.interop.torch_file import read_torch, write_torch
+from ghn_jax.interop.torch_ghn import load_torch_ghn, save_torch_ghn
+from ghn_jax.interop.torch_models import abstract_variables
+from ghn_jax.interop.torch_network import abstract_params, from_torch, to_torch
+from ghn_jax.zoo import MODELS, Model
+
+_TORCH = (".pt", ".safetensors")
+_Path = Annotated[Path, tyro.conf.Positional]
+
+
+def check_new(target: Path) -> None:
+    """Raises FileExistsError or FileNotFoundError unless something new can be written there."""
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; give a new name")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"folder {target.absolute().parent} does not exist; make it first")
+
+
+def _check_there(source: Path) -> None:
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; give a .pt, .safetensors or a folder")
+
+
+def read_ghn(source: Path) -> tuple[GHN, dict]:
+    """A hypernetwork and its variables, from a file of the authors' or a folder of ours.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is damaged.
+    """
+    _check_there(source)
+    return (load_torch_ghn if source.suffix in _TORCH else load_ghn)(source)
+
+
+def convert_ghn(source: _Path, target: _Path) -> None:
+    """Converts a hypernetwork.
+
+    Args:
+      source: a checkpoint of the authors' code, or a folder of save_ghn or of a training run.
+      target: the file or folder to write.
+    """
+    check_new(target)
+    ghn, variables = read_ghn(source)
+    if target.suffix in _TORCH:
+        save_torch_ghn(ghn, variables, target)
+    else:
+        save_ghn(target, ghn, variables)
+
+
+def read_network(net: str, num_classes: int, image_size: int) -> Architecture | Model:
+    """The model of the zoo of that name, or the architecture in a JSON file.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, or it holds no architecture.
+    """
+    if net in MODELS:
+        return MODELS[net](num_classes, image_size)
+    path = Path(net)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{net} does not exist; give a JSON file or one of {', '.join(MODELS)}"
+        )
+    try:
+        return Architecture.from_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{net} holds no architecture: {error}") from None
+
+
+def _read_arrays(path: Path) -> dict:
+    """A state dict from a file."""
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.numpy.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+    arrays = read_torch(path)
+    if not isinstance(arrays, dict):
+        raise ValueError(f"{path} holds no state dict, but a {type(arrays).__name__}")
+    # Training programs save it beside other things.
+    return arrays.get("state_dict", arrays)
+
+
+def _read_variables(path: Path, network: Graph | Model) -> dict:
+    """A network's variables from a file, or its parameters from a folder."""
+    is_graph = isinstance(network, Graph)
+    if path.suffix in _TORCH:
+        variables = from_torch(_read_arrays(path), network)
+        return {"params": variables} if is_graph else variables
+    like = abstract_params(network) if is_graph else abstract_variables(network)["params"]
+    return Checkpoints(path).load(params=like)[2]
+
+
+def convert_network(
+    net: Annotated[str, tyro.conf.Positional],
+    source: _Path,
+    target: _Path,
+    num_classes: int = 10,
+    image_size: int = 32,
+) -> None:
+    """Converts the parameters of a network.
+
+    Args:
+      net: a model of `ghn_jax.zoo` (resnet50), or a JSON file with an architecture
+        (`Architecture.to_dict`).
+      source: its parameters: a state dict, or a folder written by this program (which has no
+        running statistics).
+      target: the file or folder to write.
+      num_classes: classes of the network.
+      image_size: height and width of its images, in pixels.
+    """
+    check_new(target)
+    _check_there(source)
+    network = read_network(net, num_classes, image_size)
+    if isinstance(network, Architecture):
+        network = build_graph(network, 1, num_classes=num_classes, image_size=image_size)
+    write_network(_read_variables(source, network), network, target)
+
+
+def write_network(variables: dict, network: Graph | Model, target: Path) -> None:
+    """Writes a network's variables.
+
+    Args:
+      variables: with the key 'params'.
+      network: a model of the zoo, or the graph of an architecture.
+      target: a file of PyTorch's names, or a folder, which has no running statistics.
+
+    Raises:
+      ValueError: the variables are not the network's.
+    """
+    params = variables["params"]
+    # Checks names and shapes.
+    arrays = to_torch(params if isinstance(network, Graph) else variables, network)
+    if target.suffix == ".pt":
+        write_torch(arrays, target)
+    elif target.suffix == ".safetensors":
+        safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, target)
+    else:
+        Checkpoints(target).save(0, 0, params=params)

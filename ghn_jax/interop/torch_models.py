@@ -1,0 +1,270 @@
+"""Weights of the zoo's models under the names and in the layouts of PyTorch's libraries, and back.
+
+Modules have PyTorch's names ('layer1.0.conv1.weight' is params/layer1_0/conv1/kernel), so one rule,
+`torch_name`, the inverse of `names.parameter_path`, makes the name of every leaf, and its
+dimensions say how it is laid out (`torch_shape`). Only attention differs: PyTorch joins query, key
+and value in one tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ghn_jax.deepnets1m.names import check_names
+from ghn_jax.zoo import Model, VisionTransformer
+
+# A leaf's name there; others, like class_token, keep theirs.
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+ATTENTION = ("query", "key", "value")  # in PyTorch's order
+# The end of an attention module's paths -> the end of its names.
+ATTENTION_NAMES = {
+    ("query", "kernel"): "in_proj_weight",
+    ("query", "bias"): "in_proj_bias",
+    ("out", "kernel"): "out_proj.weight",
+    ("out", "bias"): "out_proj.bias",
+}
+UNSPLIT = re.compile(r"encoder_layer_\d+|ln_\d+")  # names of torchvision's, no places in a sequence
+COUNTER = "num_batches_tracked"
+
+# torchvision -> timm, replaced in this order.
+TIMM = {
+    "class_token": "cls_token",
+    "encoder.pos_embedding": "pos_embed",
+    "conv_proj": "patch_embed.proj",
+    "encoder.layers.encoder_layer_": "blocks.",
+    "encoder.ln.": "norm.",
+    "heads.head": "head",
+    "self_attention.in_proj_": "attn.qkv.",
+    "self_attention.out_proj": "attn.proj",
+    "ln_": "norm",
+    "mlp.0": "mlp.fc1",
+    "mlp.3": "mlp.fc2",
+}
+
+
+class Tensor(NamedTuple):
+    """One tensor of a model.
+
+    Attributes:
+      name: in PyTorch.
+      shape: in PyTorch.
+      paths: in the variables, collection first; several are joined along the first axis.
+      shapes: of each of these.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    paths: tuple[tuple[str, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """The name of a leaf's tensor.
+
+    Args:
+      path: of the leaf, without its collection.
+
+    >>> torch_name(("features_1_0", "block_0", "kernel"))
+    'features.1.0.block.0.weight'
+    """
+    *modules, leaf = path
+    parts = []
+    for module in modules:
+        if UNSPLIT.fullmatch(module):
+            parts.append(module)
+        else:
+            parts.append(re.sub(r"_(?=\d+(_|$))", ".", module))
+    if path[-3:-2] == ("self_attention",):
+        return ".".join([*parts[:-1], ATTENTION_NAMES[path[-2:]]])
+    return ".".join([*parts, LEAVES.get(leaf, leaf)])
+
+
+def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in PyTorch of a leaf (for attention: of its part of a tensor)."""
+    leaf = path[-1]
+    if leaf == "kernel" and len(shape) == 4:  # (height, width, in, out)
+        return shape[3], shape[2], shape[0], shape[1]
+    if leaf == "kernel" and len(shape) == 3 and path[-2] == "out":  # (heads, features, out)
+        return shape[2], shape[0] * shape[1]
+    if leaf == "kernel" and len(shape) == 3:  # (in, heads, features)
+        return shape[1] * shape[2], shape[0]
+    if leaf == "kernel":  # (in, out)
+        return shape[::-1]
+    if leaf == "bias":  # of attention: (heads, features)
+        return (int(np.prod(shape)),)
+    if leaf == "layer_scale":
+        return (*shape, 1, 1)
+    return shape
+
+
+def _leaf_to_torch(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if len(shape) == 4:
+        return x.transpose(3, 2, 0, 1)
+    if len(shape) == 2:
+        return x.reshape(shape[::-1]).T
+    return x.reshape(shape)
+
+
+def _leaf_from_torch(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if x.ndim == 4:
+        return x.transpose(2, 3, 1, 0)
+    if x.ndim == 2:
+        return x.T.reshape(shape)
+    return x.reshape(shape)
+
+
+def abstract_variables(model: Model) -> dict:
+    """A model's variables as shapes: `jax.ShapeDtypeStruct` for each array."""
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+@functools.lru_cache(maxsize=32)
+def tensors(model: Model) -> tuple[Tensor, ...]:
+    """All tensors of a model's state dict but the counters of batch norm.
+
+    Args:
+      model: of `ghn_jax.zoo`.
+
+    Raises:
+      TypeError: it is another module.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"weights of {type(model).__name__} are not converted; allowed: the models of "
+            "ghn_jax.zoo, an Architecture or its Graph"
+        )
+    leaves = {path: x.shape for path, x in flatten_dict(abstract_variables(model)).items()}
+    found = []
+    for path in leaves:
+        if path[-2] in ATTENTION[1:]:
+            continue
+        paths = (path,)
+        if path[-2] == ATTENTION[0]:
+            paths = tuple((*path[:-2], part, path[-1]) for part in ATTENTION)
+        rows, *rest = torch_shape(path, leaves[path])
+        shapes = tuple(leaves[p] for p in paths)
+        found.append(Tensor(torch_name(path[1:]), (rows * len(paths), *rest), paths, shapes))
+    return tuple(found)
+
+
+def _is_statistic(tensor: Tensor) -> bool:
+    return tensor.paths[0][0] == "batch_stats"
+
+
+def _counters(model: Model) -> set[str]:
+    """Names of batch norm's counters of batches, which Flax has none of."""
+    mean = ".running_mean"
+    return {
+        f"{t.name.removesuffix(mean)}.{COUNTER}" for t in tensors(model) if t.name.endswith(mean)
+    }
+
+
+def to_torch(variables: Mapping, model: Model) -> dict[str, np.ndarray]:
+    """A model's variables as the state dict of torchvision's model of that name.
+
+    Args:
+      variables: of the model. Without the collection 'batch_stats', as a hypernetwork predicts
+        them, the statistics are left out, and `load_state_dict` needs `strict=False`.
+      model: of `ghn_jax.zoo`.
+
+    Returns:
+      An array for each name: (out, in, height, width) for convolutions, (out, in) for linear
+      layers, (3 features, features) for the input of attention. The counters of batches are 0.
+
+    Raises:
+      TypeError: the model is not the zoo's.
+      ValueError: the variables are not the model's; the message lists what differs.
+    """
+    leaves = flatten_dict(variables)
+    expected = [t for t in tensors(model) if "batch_stats" in variables or not _is_statistic(t)]
+    want = {"/".join(path) for t in expected for path in t.paths}
+    check_names({"/".join(path) for path in leaves}, want, "variables")
+    arrays: dict[str, np.ndarray] = {}
+    for t in expected:
+        parts = []
+        for path, shape in zip(t.paths, t.shapes, strict=True):
+            leaf = np.asarray(leaves[path])
+            if leaf.shape != shape:
+                raise ValueError(f"{'/'.join(path)} is {leaf.shape}, expected {shape}")
+            parts.append(_leaf_to_torch(leaf, torch_shape(path, shape)))
+        arrays[t.name] = np.ascontiguousarray(np.concatenate(parts) if parts[1:] else parts[0])
+    if "batch_stats" in variables:
+        arrays.update({name: np.zeros((), np.int64) for name in _counters(model)})
+    return arrays
+
+
+def from_torch(arrays: Mapping[str, np.ndarray], model: Model) -> dict:
+    """The way back: a model's variables from torchvision's state dict.
+
+    Args:
+      arrays: as `to_torch` returns them; tensors of PyTorch on the CPU will do. Counters of batches
+        may be missing, and are passed over.
+      model: of `ghn_jax.zoo`.
+
+    Returns:
+      The collection 'params' and, if there are running statistics, 'batch_stats'.
+
+    Raises:
+      TypeError: the model is not the zoo's.
+      ValueError: names or shapes are not the model's; the message lists them.
+    """
+    have = set(arrays) - _counters(model)
+    statistics = any(t.name in have for t in tensors(model) if _is_statistic(t))
+    expected = [t for t in tensors(model) if statistics or not _is_statistic(t)]
+    check_names(have, {t.name for t in expected}, "tensors")
+    leaves = {}
+    for t in expected:
+        array = np.asarray(arrays[t.name])
+        if array.shape != t.shape:
+            raise ValueError(f"{t.name} is {array.shape}, expected {t.shape}")
+        parts = np.split(array, len(t.paths))
+        for path, shape, part in zip(t.paths, t.shapes, parts, strict=True):
+            leaves[path] = jnp.asarray(_leaf_from_torch(part, shape))
+    return unflatten_dict(leaves)
+
+
+def timm_name(name: str) -> str:
+    """What timm calls a tensor of torchvision's vision transformer."""
+    for torchvision, timm in TIMM.items():
+        name = name.replace(torchvision, timm)
+    return name
+
+
+def to_timm(variables: Mapping, model: VisionTransformer) -> dict[str, np.ndarray]:
+    """As `to_torch`, for timm's vision transformers ('vit_base_patch16_224').
+
+    timm's ResNets and DenseNets have torchvision's names; `to_torch` is for them.
+    """
+    _check_vit(model)
+    return {timm_name(name): array for name, array in to_torch(variables, model).items()}
+
+
+def from_timm(arrays: Mapping[str, np.ndarray], model: VisionTransformer) -> dict:
+    """The way back: see `from_torch`."""
+    _check_vit(model)
+    names = {timm_name(t.name): t.name for t in tensors(model)}
+    check_names(set(arrays), set(names), "tensors")
+    return from_torch({names[name]: array for name, array in arrays.items()}, model)
+
+
+def _check_vit(model: object) -> None:
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(
+            f"timm's names are known for VisionTransformer, not for {type(model).__name__}; "
+            "to_torch gives torchvision's names"
+        )

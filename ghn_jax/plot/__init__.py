@@ -1,0 +1,1 @@
+"""Pictures: graphs in the paper's colours, training curves, accuracies, statistics."""

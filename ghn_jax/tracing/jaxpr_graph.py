@@ -1,0 +1,764 @@
+"""Reads computational graphs from jaxprs: the only file that knows them, as they are no stable API.
+
+`read_graph` interprets the jaxpr of a model's call with `abstract_values` in place of arrays: a
+value is what it comes from, a row of a `Flow`, a parameter or a constant. Nothing is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+from ghn_jax.deepnets1m.graph import Graph
+from ghn_jax.tracing.abstract_values import (
+    BATCH,
+    CHANNEL,
+    RUNNING,
+    SPACE,
+    UNKNOWN,
+    Activation,
+    Axes,
+    Constant,
+    Parameter,
+    Scope,
+    Statistic,
+    Value,
+    image_axes,
+    labels_of,
+    merge,
+    product_axes,
+    regroup,
+    resize,
+    spatial_axes,
+    unknown_axes,
+)
+from ghn_jax.tracing.flow import SCORES, THROUGH, Flow
+
+
+class Placement(NamedTuple):
+    """Where a node's tensor goes: `model_graph.place` puts it there.
+
+    Attributes:
+      node: of the graph.
+      tensor: which of the node's tensors: 'kernel', 'embedding', 'scale' or 'bias'.
+      roles: of each of the parameter's axes: 'h', 'w', 'i' (in) or 'o' (out) in a kernel or a
+        vector, 's' (position) or 'c' (channel) in an embedding, '' for an axis of size 1.
+      skip: positions of an embedding before the grid (class tokens), which the node does not make.
+    """
+
+    node: int
+    tensor: str
+    roles: tuple[str, ...]
+    skip: int = 0
+
+
+# --- Primitives of JAX ----------------------------------------------------------------------------
+
+# They leave values as they are, ...
+_SAME = {
+    "convert_element_type", "copy", "stop_gradient", "reduce_precision", "sharding_constraint",
+    "device_put", "name", "real", "pvary",
+}  # fmt: skip
+# ... or lay them out otherwise.
+_VIEWS = _SAME | {
+    "reshape", "transpose", "squeeze", "broadcast_in_dim", "rev", "slice", "dynamic_slice", "pad",
+    "gather", "split", "unstack", "tile", "bitcast_convert_type",
+}  # fmt: skip
+_REDUCTIONS = {
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
+    "argmax", "argmin",
+}  # fmt: skip
+_ELEMENTWISE = {
+    "add", "sub", "mul", "div", "max", "min", "neg", "exp", "exp2", "log", "log1p", "expm1", "tanh",
+    "logistic", "erf", "erfc", "erf_inv", "abs", "sign", "square", "sqrt", "rsqrt", "cbrt", "pow",
+    "integer_pow", "select_n", "clamp", "sin", "cos", "tan", "floor", "ceil", "round", "rem",
+    "atan2",
+    "gt", "lt", "ge", "le", "eq", "ne", "and", "or", "not", "xor", "is_finite", "nextafter",
+    "add_any", "lgamma", "digamma", "asin", "acos", "atan", "sinh", "cosh", "asinh",
+    "acosh", "atanh", "shift_left", "shift_right_logical", "shift_right_arithmetic", "imag",
+    "complex", "conj", "population_count", "clz",
+}  # fmt: skip
+_CONTROL = {"scan", "while", "cond"}
+
+
+def _inner(eqn):
+    """The jaxpr that an equation calls once, or None."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        jaxpr = eqn.params.get(key)
+        if jaxpr is not None:
+            return jaxpr if hasattr(jaxpr, "consts") else core.ClosedJaxpr(jaxpr, ())
+    return None
+
+
+class _Reader:
+    """Interprets a jaxpr; see the module's docstring.
+
+    Attributes:
+      flow: the rows so far.
+      names, shapes: of the parameters.
+      roles: parameter -> (row, placement's fields) of the row that it was first used by.
+      reasons: parameter -> why no node makes it.
+      notes: what was mapped to the nearest primitive, or to none.
+    """
+
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
+        self.flow = Flow()
+        self.names, self.shapes = names, shapes
+        self.roles: dict[int, tuple[int, str, tuple[str, ...], int]] = {}
+        self.reasons: dict[int, str] = {}
+        self.notes: dict[str, None] = {}
+
+    # --- Equations ---
+
+    def run(self, jaxpr, consts: list[Value], inputs: list[Value], stack: str) -> list[Value]:
+        """The outputs of a jaxpr."""
+        values: dict[Any, Value] = {}
+
+        def read(atom) -> Value:
+            return Constant() if isinstance(atom, core.Literal) else values[atom]
+
+        values.update(zip(jaxpr.constvars, consts, strict=True))
+        values.update(zip(jaxpr.invars, inputs, strict=True))
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            if all(isinstance(x, Constant) for x in operands):
+                constant = Constant(any(x.state for x in operands))
+                outputs = [constant] * len(eqn.outvars)
+            else:
+                outputs = self.equation(eqn, operands, stack)
+            values.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn, operands: list[Value], stack: str) -> list[Value]:
+        """The outputs of an equation of which some operand is no constant."""
+        name = eqn.primitive.name
+        where = "/".join(part for part in (stack, str(eqn.source_info.name_stack)) if part)
+        shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+        if name in _CONTROL:
+            return self.control(name, operands, shapes, where)
+        inner = _inner(eqn)
+        if inner is not None and len(inner.jaxpr.invars) == len(operands):
+            consts = [Constant() for _ in inner.consts]
+            return self.run(inner.jaxpr, consts, operands, where)
+        if name == "conv_general_dilated":
+            return [self.convolution(eqn.params, *operands, shapes[0], where)]
+        if name == "dot_general":
+            return [self.product(eqn.params, *operands, shapes[0], where)]
+        if name.startswith("reduce_window"):
+            return [self.window(eqn, operands[0], shapes[0], where)]
+        if name in _REDUCTIONS:
+            return [self.reduce(name, operands[0], eqn.params["axes"], where)]
+        if name in ("concatenate", "stack"):
+            axis = eqn.params.get("dimension", eqn.params.get("axis"))
+            return [self.concatenate(operands, axis, name == "stack", shapes[0], where)]
+        if name == "optimization_barrier":
+            return operands
+        if name in _VIEWS and not isinstance(operands[0], Constant):
+            others = [x for x in operands[1:] if not isinstance(x, Constant)]
+            if not others:
+                return [self.view(eqn, operands[0], shape) for shape in shapes]
+        if name == "gather" and any(isinstance(x, Parameter) for x in operands[:1]):
+            self.leave(operands[0], f"a table that is indexed {_at(where)}")
+            return [dataclasses.replace(self.activation(operands[1]), axes=image_axes(shapes[0]))]
+        if name not in _ELEMENTWISE and name not in _VIEWS:
+            self.note(f"{name} {_at(where)} is no primitive; edges pass through it")
+        literals = [getattr(atom, "val", None) for atom in eqn.invars]
+        return [self.elementwise(name, operands, literals, shape, where) for shape in shapes]
+
+    def note(self, text: str) -> None:
+        """Tells the user something, once."""
+        self.notes[text] = None
+
+    def leave(self, p: Parameter, reason: str) -> None:
+        """No node makes this parameter, unless another use of it does."""
+        self.reasons.setdefault(p.leaf, reason)
+        self.leave_others(p)
+
+    def leave_others(self, p: Parameter) -> None:
+        """Of parameters that are combined, a node makes one at most."""
+        for other in p.others:
+            self.reasons.setdefault(other, f"combined with {self.names[p.leaf]} before it is used")
+
+    def control(self, name: str, operands, shapes, where: str) -> list[Value]:
+        """A loop or a branch: it is not followed."""
+        leaves = {
+            leaf for x in operands if isinstance(x, Parameter) for leaf in (x.leaf, *x.others)
+        }
+        if leaves:
+            names = ", ".join(sorted(self.names[leaf] for leaf in leaves)[:3])
+            raise ValueError(
+                f"the model has a `{name}` {_at(where)} with parameters in it ({names}); loops and "
+                "branches are not followed: unroll a loop (nn.scan -> a Python loop), decide a "
+                "branch in Python (if ...:)"
+            )
+        self.note(f"{name} {_at(where)} is not followed; edges pass through it")
+        return [self.elementwise(name, operands, [], shape, where) for shape in shapes]
+
+    # --- Values ---
+
+    def activation(self, value: Value) -> Activation:
+        """A value as the input of a layer. A statistic over positions is a `glob_avg` node."""
+        if isinstance(value, Activation):
+            return value
+        gone = value.scope.reduced - value.scope.kept
+        if SPACE in value.scope.reduced and not gone & {BATCH, CHANNEL, UNKNOWN}:
+            if SPACE in value.scope.kept:
+                self.note("average pooling to a fixed size is taken for a global one")
+            if value.other:
+                self.note(f"global pooling by {value.other} is taken for an average (glob_avg)")
+            return Activation(self.flow.join("glob_avg", [value.row]), value.axes)
+        return Activation(value.row, value.axes)
+
+    def place(self, p: Parameter, row: int, tensor: str, roles: dict, skip: int = 0) -> bool:
+        """Notes that a row makes a parameter.
+
+        Args:
+          p: the parameter.
+          row: its row.
+          tensor: see `Placement`.
+          roles: axis of the parameter -> role.
+          skip: see `Placement`.
+
+        Returns:
+          Whether it can.
+        """
+        self.leave_others(p)
+        shape = self.shapes[p.leaf]
+        if p.changed:
+            self.leave(p, f"the model applies {p.changed} to it before it is used")
+            return False
+        missing = [axis for axis, n in enumerate(shape) if n > 1 and axis not in roles]
+        if missing:
+            self.leave(p, f"only a part of it is used at a time (axis {missing[0]})")
+            return False
+        if p.leaf in self.roles:
+            self.note(f"{self.names[p.leaf]} is shared; its first use decides")
+            return False
+        axes = tuple(roles.get(axis, "") if n > 1 else "" for axis, n in enumerate(shape))
+        self.roles[p.leaf] = row, tensor, axes, skip
+        return True
+
+    def weight(self, p: Parameter, primitive: str, source: int, axes: dict, where: str) -> int:
+        """Adds the row of a kernel.
+
+        Args:
+          p: the parameter.
+          primitive: 'conv', 'sep_conv' or 'dil_conv'.
+          source: the row that it reads.
+          axes: role -> the axes of the value `p` that have it, for each dimension of PyTorch's
+            shape.
+          where: the module.
+        """
+        full = self.shapes[p.leaf]
+        roles, sizes = {}, []
+        for role, at in axes.items():
+            atoms = [atom for axis in at for atom in p.axes[axis]]
+            mine = {label: role for label, n in atoms if n > 1 and label != UNKNOWN}
+            # Of a tensor used in parts, the shape is the whole one's.
+            whole = len(mine) == sum(n > 1 for _, n in atoms)
+            sizes.append(
+                math.prod(full[a] for a in mine) if whole else math.prod(n for _, n in atoms)
+            )
+            roles |= mine
+        row = self.flow.add(primitive, [source], shape=tuple(sizes))
+        self.flow.rows[row].name = self.names[p.leaf]
+        self.flow.rows[row].weight = p.leaf
+        self.place(p, row, "kernel", roles)
+        return row
+
+    # --- Layers ---
+
+    def convolution(self, params, x: Value, p: Value, shape, where: str) -> Value:
+        """conv_general_dilated."""
+        numbers = params["dimension_numbers"]
+        if isinstance(x, (Constant, Parameter)) or not isinstance(p, Parameter):
+            if not isinstance(p, Constant):
+                self.note(f"the kernel of a convolution {_at(where)} is computed; no node makes it")
+            x = self.elementwise("conv", [x, p], [], shape, where)
+            if isinstance(x, (Constant, Parameter)):
+                return x
+            return dataclasses.replace(x, axes=spatial_axes(numbers.out_spec, shape))
+        x = self.activation(x)
+        out, in_, *space = numbers.rhs_spec
+        axes = {"o": [out], "i": [in_], **dict(zip(("h", "w"), ([s] for s in space), strict=False))}
+        if len(space) == 1:
+            axes = {"o": [out], "i": [in_], "h": [], "w": space}
+        primitive = "conv"
+        if params["feature_group_count"] > 1:
+            primitive = "dil_conv" if min(params["rhs_dilation"]) > 1 else "sep_conv"
+        if max(params["lhs_dilation"]) > 1:
+            module = _module(where, self.names[p.leaf])
+            self.note(f"the transposed convolution {_at(module)} is taken for a convolution")
+        if len(space) > 2:
+            self.leave(p, f"a kernel of {len(space)} dimensions; decoded are up to 2")
+            p = dataclasses.replace(p, changed="a convolution of more than 2 dimensions")
+        row = self.weight(p, primitive, x.row, axes, where)
+        return Activation(row, spatial_axes(numbers.out_spec, shape), fresh=True)
+
+    def product(self, params, a: Value, b: Value, shape, where: str) -> Value:
+        """dot_general: a dense layer, attention, or with a constant."""
+        (contract, batch) = params["dimension_numbers"]
+        axes = product_axes(a, b, contract, batch, shape)
+        data = [x for x in (a, b) if isinstance(x, (Activation, Statistic))]
+        parameters = [x for x in (a, b) if isinstance(x, Parameter)]
+        side = 0 if a in data else 1
+        # A kernel is the same for all images: what has the batch's axis as well is a learned query.
+        query = parameters and data and BATCH in labels_of([data[0].axes[i] for i in batch[side]])
+        if len(data) == 2 or query:
+            for p in parameters:
+                self.leave(p, f"multiplied image by image {_at(where)}, as learned queries are")
+            return Activation(self._attention([self.activation(x).row for x in data]), axes)
+        if data and parameters and side:
+            swapped = self._dense(b, a, contract[::-1], batch[::-1], where)
+            row, batch_axes, x_free, p_free = swapped
+            return Activation(row, (*batch_axes, *p_free, *x_free), fresh=True)
+        if data and parameters:
+            row, batch_axes, x_free, p_free = self._dense(a, b, contract, batch, where)
+            return Activation(row, (*batch_axes, *x_free, *p_free), fresh=True)
+        if data:
+            return dataclasses.replace(data[0], axes=axes)
+        mixed = self.elementwise("dot_general", [a, b], [], shape, where)
+        return dataclasses.replace(mixed, axes=axes)
+
+    def _dense(self, x: Value, p: Parameter, contract, batch, where: str):
+        x = self.activation(x)
+        free = [i for i in range(len(p.axes)) if i not in contract[1]]
+        row = self.weight(p, "conv", x.row, {"o": free, "i": list(contract[1])}, where)
+        used = {*contract[0], *batch[0]}
+        x_free = [axis for i, axis in enumerate(x.axes) if i not in used]
+        p_free = [tuple((CHANNEL, n) for _, n in p.axes[i]) for i in free if i not in batch[1]]
+        return row, [x.axes[i] for i in batch[0]], x_free, p_free
+
+    def _attention(self, rows: list[int]) -> int:
+        """The row of a product of activations: `msa` where some of them are scores."""
+        for scores in rows:
+            if self.flow.rows[scores].primitive == SCORES:
+                values = [row for row in rows if row != scores]
+                return self.flow.add("msa", [*self.flow.rows[scores].sources, *values])
+        return self.flow.add(SCORES, rows)
+
+    def window(self, eqn, x: Value, shape, where: str) -> Value:
+        """Pooling."""
+        params = eqn.params
+        size = params["window_dimensions"]
+        if isinstance(x, Parameter):
+            return dataclasses.replace(x, axes=resize(x.axes, shape), changed="pooling")
+        space = [i for i, axis in enumerate(x.axes) if any(label == SPACE for label, _ in axis)]
+        space = space or list(range(1, len(size) - 1))
+        if max(size) == 1 and shape == tuple(v.aval.shape for v in eqn.invars[:1])[0]:
+            return x
+        name = eqn.primitive.name.removeprefix("reduce_window")
+        if not name:  # any function; its jaxpr is one operation
+            name = "_max" if "max" in str(params["jaxpr"]) else "_sum"
+        before = eqn.invars[0].aval.shape
+        if name == "_sum" and all(size[i] >= before[i] for i in space):
+            scope = Scope(frozenset(SPACE), labels_of(x.axes) - {SPACE})
+            return Statistic(self.activation(x).row, resize(x.axes, shape), scope)
+        if name not in ("_max", "_sum"):
+            self.note(f"{eqn.primitive.name} {_at(where)} is taken for max pooling")
+        kernel = [1, *(size[i] for i in space)][-2:]
+        source = self.activation(x).row
+        primitive = "avg_pool" if name == "_sum" else "max_pool"
+        row = self.flow.add(primitive, [source], shape=(1, 1, *kernel))
+        return Activation(row, resize(x.axes, shape))
+
+    def reduce(self, name: str, x: Value, axes: Sequence[int], where: str) -> Value:
+        """Sums, maxima, ... over axes."""
+        kept = tuple(axis for i, axis in enumerate(x.axes) if i not in axes)
+        if isinstance(x, Parameter):
+            return dataclasses.replace(x, axes=kept)
+        gone = tuple(axis for i, axis in enumerate(x.axes) if i in axes)
+        reduced = labels_of(gone) | {label for a in gone for label, _ in a if label == SPACE}
+        other = "" if name == "reduce_sum" else f"{name} {_at(where)}"
+        if isinstance(x, Statistic):
+            reduced |= x.scope.reduced
+            other = other or x.other
+        return Statistic(x.row, kept, Scope(frozenset(reduced), labels_of(kept)), other)
+
+    def concatenate(self, operands, axis: int, stacked: bool, shape, where: str) -> Value:
+        """Concatenation, or stacking along a new axis."""
+        live = [x for x in operands if not isinstance(x, Constant)]
+        parameters = [x for x in live if isinstance(x, Parameter)]
+        data = [x for x in live if not isinstance(x, Parameter)]
+        axes = live[-1].axes
+        if stacked:
+            axes = (*axes[:axis], ((UNKNOWN, 1),), *axes[axis:])
+        axes = resize(axes, shape)
+        other = next((x.other for x in data if isinstance(x, Statistic) and x.other), "")
+        if not data:
+            first = self.elementwise("concatenate", parameters, [], shape, where)
+            return dataclasses.replace(first, changed="concatenate", axes=axes)
+        for p in parameters:
+            self.leave(p, f"concatenated to activations {_at(where)}, as class tokens are")
+        if all(isinstance(x, Statistic) for x in data) and len({x.row for x in data}) == 1:
+            if stacked:  # of windows: adaptive pooling
+                group = ((SPACE, shape[axis]),)
+                axes = (*axes[:axis], group, *axes[axis + 1 :])
+            scope = functools.reduce(Scope.__or__, [x.scope for x in data])
+            return Statistic(data[0].row, axes, Scope(scope.reduced, labels_of(axes)), other)
+        rows = [self.activation(x).row for x in data]
+        if len(rows) == 1:
+            return dataclasses.replace(self.activation(data[0]), axes=axes)
+        return Activation(self.flow.join("concat", rows), axes)
+
+    # --- Functions of single elements ---
+
+    def view(self, eqn, x: Value, shape) -> Value:
+        """A value laid out otherwise."""
+        name, params, axes = eqn.primitive.name, eqn.params, x.axes
+        if name == "reshape":
+            axes = regroup(axes, shape)
+        elif name == "transpose":
+            axes = tuple(axes[i] for i in params["permutation"])
+        elif name == "squeeze":
+            gone = {d % len(axes) for d in params["dimensions"]}
+            axes = tuple(axis for i, axis in enumerate(axes) if i not in gone)
+        elif name == "unstack":
+            axes = tuple(axis for i, axis in enumerate(axes) if i != params["axis"])
+        elif name == "tile":  # what had size 1 does not vary along the axis, as if broadcast
+            sizes = zip(axes, eqn.invars[0].aval.shape, shape, strict=True)
+            axes = resize([() if n == 1 < size else axis for axis, n, size in sizes], shape)
+        elif name == "broadcast_in_dim":
+            before = eqn.invars[0].aval.shape
+            at = dict(zip(params["broadcast_dimensions"], range(len(axes)), strict=True))
+            axes = tuple(
+                axes[at[i]] if i in at and before[at[i]] == size else ()
+                for i, size in enumerate(shape)
+            )
+        elif len(axes) == len(shape):
+            axes = resize(axes, shape)
+        else:
+            axes = unknown_axes(shape)
+        return dataclasses.replace(x, axes=axes)
+
+    def elementwise(self, name: str, operands, literals, shape, where: str) -> Value:
+        """A function of each element; operands broadcast."""
+        parameters = [x for x in operands if isinstance(x, Parameter)]
+        data = [x for x in operands if isinstance(x, (Activation, Statistic))]
+        state = any(x == Constant(True) for x in operands)
+        if not data:
+            return self._parameters(name, operands, parameters, literals, shape, state)
+        if len({x.row for x in data}) > 1:
+            data = [self.activation(x) for x in data]
+        axes = merge([x.axes for x in data], shape)
+        if len(data) > 1:
+            value = self._several(name, data, axes, where)
+        elif parameters:
+            value = dataclasses.replace(data[0], axes=axes)
+        else:
+            value = self._one(name, data[0], axes, state)
+        for p in parameters:
+            value = self._with_parameter(name, value, p, axes, shape, where)
+        return value
+
+    def _parameters(self, name, operands, parameters, literals, shape, state) -> Value:
+        """A function of parameters and constants alone."""
+        size = [math.prod(self.shapes[p.leaf]) for p in parameters]
+        main = parameters[int(np.argmax(size))]
+        others = {leaf for p in parameters for leaf in (p.leaf, *p.others)} - {main.leaf}
+        scopes = [p.scope for p in parameters if p.scope] + ([RUNNING] if state else [])
+        scope = functools.reduce(Scope.__or__, scopes) if scopes else None
+        keeps = {"mul", "div", "select_n", "sub", "add", "add_any"} | _VIEWS
+        zero = any(v is not None and np.ndim(v) == 0 and v == 0 for v in literals)
+        shifted = name in ("add", "sub") and len(parameters) < len(operands) and not zero
+        changed = main.changed or ("" if name in keeps and not shifted else name)
+        axes = [p.axes for p in parameters if p.leaf == main.leaf]
+        full = [a for a in axes if len(a) == len(shape)]
+        axes = merge(full, shape) if full else unknown_axes(shape)
+        return Parameter(main.leaf, axes, frozenset(others), scope, changed)
+
+    def _one(self, name: str, x: Activation | Statistic, axes: Axes, state: bool) -> Value:
+        """A function of one value and constants."""
+        if isinstance(x, Statistic):
+            if state and name in ("mul", "div"):  # batch norm of pooled features
+                return dataclasses.replace(self.activation(x), axes=axes, scope=RUNNING)
+            return dataclasses.replace(x, axes=axes)
+        linear = name in _SAME | {"mul", "div", "add", "sub", "neg"}
+        scope = RUNNING if state and name in ("mul", "div") else x.scope if linear else None
+        return dataclasses.replace(x, axes=axes, scope=scope, fresh=x.fresh and name in _SAME)
+
+    def _several(self, name: str, data, axes: Axes, where: str) -> Value:
+        """A function of several values."""
+        rows = [x.row for x in data]
+        if len(set(rows)) == 1:
+            statistics = [x for x in data if isinstance(x, Statistic)]
+            whole = [x for x in data if isinstance(x, Activation)]
+            scale = name in ("mul", "div")
+            if not whole:
+                scope = functools.reduce(Scope.__or__, [x.scope for x in statistics])
+                least = min(statistics, key=lambda x: len(x.scope.reduced))
+                if least.scope.reduced < scope.reduced:  # a norm of pooled features
+                    if not scale:
+                        return Statistic(rows[0], axes, least.scope)
+                    most = max(statistics, key=lambda x: len(x.scope.reduced))
+                    row = self.activation(least).row
+                    return Activation(row, axes, most.scope.beyond(least.scope))
+                return Statistic(rows[0], axes, Scope(scope.reduced, labels_of(axes)))
+            if statistics:
+                scope = statistics[0].scope if scale else None
+                return Activation(rows[0], axes, scope)
+            if name in ("add", "add_any"):
+                return Activation(self.flow.add("sum", rows), axes)
+            return Activation(rows[0], axes)
+        if name in ("add", "add_any", "sub"):
+            return Activation(self.flow.add("sum", rows), axes)
+        origins = {self.flow.origin(row) for row in rows}
+        if len(origins) == 1:
+            return Activation(origins.pop(), axes)
+        if name == "mul":
+            for x, gate in (rows, rows[::-1]):
+                means = self.flow.squeezed(gate, x)
+                if means:
+                    for mean in means:
+                        self.flow.rows[mean].primitive = THROUGH
+                    return Activation(self.flow.add("cse", [x, gate]), axes)
+        if name in _ELEMENTWISE:
+            self.note(f"{name} of activations {_at(where)} is no primitive; edges pass through it")
+        return Activation(self.flow.add(THROUGH, rows), axes)
+
+    # --- Parameters met by activations ---
+
+    def _with_parameter(self, name, x: Value, p: Parameter, axes, shape, where) -> Value:
+        """A function of an activation and a parameter."""
+        axes = merge([axes, p.axes], shape) if len(p.axes) == len(shape) else axes
+        if isinstance(x, Statistic):
+            if name in ("mul", "div") and p.scope in (None, x.scope):
+                # The factor of a norm on its way: its weight times the inverse deviation.
+                p_axes = merge([p.axes], shape) if len(p.axes) == len(shape) else p.axes
+                return dataclasses.replace(p, axes=p_axes, scope=x.scope)
+            if p.scope is not None:  # the norm of pooled features
+                p = dataclasses.replace(p, scope=p.scope.beyond(x.scope))
+            x = self.activation(x)
+        if name in ("add", "sub", "add_any"):
+            return self._shift(x, p, axes, where)
+        if name in ("mul", "div"):
+            return self._scale(x, p, axes, where)
+        self.leave(p, f"{name} of activations and it {_at(where)} is no primitive")
+        return Activation(x.row, axes)
+
+    def _along(self, x: Activation, p: Parameter) -> dict[Any, str]:
+        """Axis of the parameter -> label of the activation's axis that it varies along."""
+        if self.shapes[p.leaf] == (1,):  # of a layer with a single channel, or a number
+            channels = [n for axis in x.axes for label, n in axis if label == CHANNEL]
+            return {0: CHANNEL} if channels and max(channels) == 1 else {}
+        found = {}
+        for mine, its in zip(p.axes, x.axes, strict=True):
+            labels = {label for label, _ in its} or {UNKNOWN}
+            for axis, n in mine:
+                if n > 1:
+                    found[axis] = (
+                        SPACE if labels == {SPACE} else BATCH if labels == {BATCH} else CHANNEL
+                    )
+        return found
+
+    def _shift(self, x: Activation, p: Parameter, axes: Axes, where: str) -> Value:
+        """A parameter added: a norm's or a layer's bias, or an encoding of positions."""
+        row = self.flow.rows[x.row]
+        along = self._along(x, p) if len(p.axes) == len(x.axes) else {}
+        if row.primitive in ("bn", "ln") and x.fresh and row.bias is None:
+            mine = {p.leaf, *p.others} - {row.weight}
+            if len(mine) == 1:
+                (leaf,) = mine
+                row.bias = leaf
+                shape = self.shapes[leaf]
+                whole = {axis: "o" for axis in range(len(shape))}
+                changed = p.changed if leaf == p.leaf else ""
+                if math.prod(shape) == math.prod(row.shape):
+                    bias = Parameter(leaf, (), changed=changed)
+                    self.place(bias, x.row, "bias", whole)
+                    return Activation(x.row, axes)
+        if row.primitive == SCORES:
+            self.leave(p, f"added to attention's scores {_at(where)}")
+            return Activation(x.row, axes)
+        labels = set(along.values())
+        if not along or BATCH in labels:
+            self.leave(p, f"{'a number' if not along else 'no bias'} added {_at(where)}")
+            return Activation(x.row, axes)
+        size = math.prod(self.shapes[p.leaf])
+        if labels == {CHANNEL}:
+            at = self.flow.add(
+                "bias", [x.row], shape=(size,), name=self.names[p.leaf], weight=p.leaf
+            )
+            self.place(p, at, "bias", dict.fromkeys(along, "o"))
+            return Activation(at, axes)
+        return Activation(self._position(x, p, along, where), axes)
+
+    def _position(self, x: Activation, p: Parameter, along: dict, where: str) -> int:
+        """Adds `pos_enc` and `sum`."""
+        shape = self.shapes[p.leaf]
+        space = [axis for axis in sorted(along) if along[axis] == SPACE]
+        channels = math.prod(shape[axis] for axis in along if along[axis] == CHANNEL)
+        grid = [i for i, axis in enumerate(x.axes) if {label for label, _ in axis} == {SPACE}]
+        height, *rest = [math.prod(n for _, n in p.axes[i]) for i in grid]
+        width, skip = math.prod(rest), 0
+        if len(grid) == 1:  # tokens: a square grid, perhaps after class tokens
+            height = width = math.isqrt(shape[space[0]])
+            skip = shape[space[0]] - height * width
+        at = self.flow.add(
+            "pos_enc",
+            [],
+            shape=(1, channels, height, width),
+            name=self.names[p.leaf],
+            weight=p.leaf,
+        )
+        if skip > 1:
+            self.leave(p, f"{shape[space[0]]} positions {_at(where)} are no square grid")
+        else:
+            roles = {axis: "s" if label == SPACE else "c" for axis, label in along.items()}
+            self.place(p, at, "embedding", roles, skip)
+        return self.flow.add("sum", [x.row, at])
+
+    def _scale(self, x: Activation, p: Parameter, axes: Axes, where: str) -> Value:
+        """A parameter multiplied with: a norm's weight, or none of the primitives."""
+        scope = p.scope or x.scope
+        along = self._along(x, p) if len(p.axes) == len(x.axes) else {}
+        if scope is None or not along or set(along.values()) != {CHANNEL}:
+            what = "a number" if not along else "a scale without a norm"
+            if scope is not None and along:
+                what = "a norm's weight that varies with position"
+            self.leave(p, f"{what} {_at(where)}: no primitive")
+            return Activation(x.row, axes)
+        primitive = self._norm(scope, _module(where, self.names[p.leaf]))
+        size = math.prod(self.shapes[p.leaf])
+        row = self.flow.add(
+            primitive, [x.row], shape=(size,), name=self.names[p.leaf], weight=p.leaf
+        )
+        self.place(p, row, "scale", dict.fromkeys(along, "o"))
+        return Activation(row, axes, fresh=True)
+
+    def _norm(self, scope: Scope, where: str) -> str:
+        """The primitive of a norm with this statistic."""
+        if BATCH in scope.reduced:
+            return "bn"
+        if SPACE in scope.reduced and scope.kept & {CHANNEL}:
+            self.note(f"the group or instance norm {_at(where)} is taken for batch norm (bn)")
+            return "bn"
+        if SPACE in scope.reduced or CHANNEL in scope.kept:
+            self.note(f"the norm {_at(where)} is taken for layer norm (ln)")
+        return "ln"
+
+
+def _module(where: str, parameter: str) -> str:
+    """Where an equation is; NNX modules do not say so, but the names of their parameters do."""
+    return where or parameter.rpartition("/")[0]
+
+
+def _at(where: str) -> str:
+    return f"in {where}" if where else "in the model"
+
+
+# --- What the rest of the package calls -----------------------------------------------------------
+
+
+class Reading(NamedTuple):
+    """What `read_graph` finds.
+
+    Attributes:
+      graph: the computational graph.
+      placements: parameter (its number) -> where it comes from, for those that a node makes.
+      reasons: parameter -> why no node makes it, for all others.
+      notes: what was mapped to the nearest primitive, or to none, and where.
+    """
+
+    graph: Graph
+    placements: dict[int, Placement]
+    reasons: dict[int, str]
+    notes: tuple[str, ...]
+
+
+def read_graph(
+    call: Callable, params, state, sample, names: Sequence[str], virtual_edges: int
+) -> Reading:
+    """The computational graph of a model's call.
+
+    Args:
+      call: (params, state, sample) -> output.
+      params, state: trees of the model's parameters and other variables; shapes will do.
+      sample: the input, (B, H, W, C); its shape will do.
+      names: of the parameters, in the order of `jax.tree.leaves`.
+      virtual_edges: see `graph.build_graph`.
+
+    Raises:
+      ValueError: several outputs, loops or branches with parameters, no layer that is a primitive,
+        or an output that does not depend on the input.
+    """
+    closed, output = jax.make_jaxpr(call, return_shape=True)(params, state, sample)
+    outputs = jax.tree.leaves(output)
+    if len(outputs) != 1:
+        raise ValueError(
+            f"the model returns {len(outputs)} arrays; allowed: one, the logits. Give a module "
+            "that returns those only (pass what turns the others off as a keyword: train=False)"
+        )
+    leaves = jax.tree.leaves(params)
+    reader = _Reader(names, [leaf.shape for leaf in leaves])
+    inputs: list[Value] = [
+        Parameter(i, tuple(((axis, n),) for axis, n in enumerate(leaf.shape)))
+        for i, leaf in enumerate(leaves)
+    ]
+    inputs += [Constant(state=True)] * len(jax.tree.leaves(state))
+    inputs.append(Activation(0, image_axes(sample.shape)))
+    consts: list[Value] = [Constant() for _ in closed.consts]
+    (last,) = reader.run(closed.jaxpr, consts, inputs, "")
+    if isinstance(last, (Constant, Parameter)):
+        raise ValueError("the model's output does not depend on its input; nothing to predict")
+    graph, kept = reader.flow.graph(reader.activation(last).row, virtual_edges)
+    node_of = {row: node for node, row in enumerate(kept)}
+    placements, reasons = {}, {}
+    for leaf in range(len(leaves)):
+        if leaf in reader.roles:
+            row, tensor, roles, skip = reader.roles[leaf]
+            if row in node_of:
+                placements[leaf] = Placement(node_of[row], tensor, roles, skip)
+                continue
+        reasons[leaf] = reader.reasons.get(leaf, "it does not reach the output")
+    if not placements:
+        why = "; ".join(f"{names[leaf]}: {reasons[leaf]}" for leaf in list(reasons)[:5])
+        raise ValueError(f"no parameter of the model belongs to one of the primitives ({why})")
+    return Reading(graph, placements, reasons, tuple(reader.notes))
+
+
+def read_init(init: Callable, key) -> tuple[Any, Callable[[Sequence[int]], list[jax.Array]]]:
+    """Traces a model's initialisation.
+
+    Args:
+      init: key -> variables.
+      key: a random key.
+
+    Returns:
+      The variables as shapes, and a function that computes some of their leaves, given by their
+      places in `jax.tree.leaves`, and nothing that they do not depend on.
+    """
+    closed, shapes = jax.make_jaxpr(init, return_shape=True)(key)
+
+    made_by = {v: eqn for eqn in closed.jaxpr.eqns for v in eqn.outvars}
+
+    def constant(number: int) -> jax.Array | None:
+        """Zeros, ones, ... without compiling a program for each shape of them."""
+        var = closed.jaxpr.outvars[number]
+        eqn = made_by.get(var) if not isinstance(var, core.Literal) else None
+        if eqn is None or eqn.primitive.name != "broadcast_in_dim":
+            return None
+        (value,) = eqn.invars[:1]
+        if not isinstance(value, core.Literal) or np.ndim(value.val):
+            return None
+        return jax.numpy.asarray(np.full(var.aval.shape, value.val, var.aval.dtype))
+
+    def compute(wanted: Sequence[int]) -> list[jax.Array]:
+        found = {number: constant(number) for number in wanted}
+        rest = sorted(number for number in found if found[number] is None)
+        if rest:
+            used = [i in rest for i in range(len(closed.jaxpr.outvars))]
+            jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
+            values = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))(key)
+            found.update(zip(rest, values, strict=True))
+        return [found[number] for number in wanted]
+
+    return shapes, compute

@@ -1,0 +1,268 @@
+"""Flax models, Linen's and NNX's, as the graph reader and `predict` need them.
+
+    graph = ghn_jax.model_graph(model, jnp.zeros((1, 32, 32, 3)))
+
+A model is traced with shapes only: nothing is executed, whatever its size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import nnx
+
+from ghn_jax.deepnets1m.graph import Graph
+from ghn_jax.tracing.jaxpr_graph import Reading, read_graph, read_init
+
+
+class TracedModel(NamedTuple):
+    """A model as its graph and its parameters, numbered as in `jax.tree.leaves`.
+
+    Attributes:
+      reading: the graph, and where its nodes' tensors go.
+      paths: of the parameters, 'layer1_0/conv1/kernel'.
+      leaves: of the parameters; shapes and types are read.
+      initial: numbers of parameters -> their initial values.
+      rebuild: new values of all parameters -> what the model is called with (Linen: all its
+        variables; NNX: a module).
+    """
+
+    reading: Reading
+    paths: list[str]
+    leaves: list[Any]
+    initial: Callable[[Sequence[int]], list[jax.Array]]
+    rebuild: Callable[[Sequence[jax.Array]], Any]
+
+
+def _paths(tree) -> list[str]:
+    """'layer1_0/conv1/kernel' for each leaf."""
+
+    def part(key) -> str:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            return ""  # the array in a box: Linen's metadata, NNX's variables
+        return str(next(getattr(key, a) for a in ("key", "idx") if hasattr(key, a)))
+
+    return [
+        "/".join(filter(None, map(part, path)))
+        for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def _check_sample(sample) -> jax.ShapeDtypeStruct:
+    shape, dtype = getattr(sample, "shape", None), getattr(sample, "dtype", None)
+    if shape is None or dtype is None or len(shape) < 2:
+        given = "no array" if shape is None else f"of shape {tuple(shape)}"
+        raise ValueError(
+            f"the sample input is {given}; allowed: one array with a batch axis, such as "
+            "jnp.zeros((1, 32, 32, 3)), or a jax.ShapeDtypeStruct"
+        )
+    if 0 in shape:
+        raise ValueError(f"the sample input of shape {tuple(shape)} is empty; give one image")
+    return jax.ShapeDtypeStruct(tuple(shape), jax.dtypes.canonicalize_dtype(dtype))
+
+
+def trace(
+    model: nn.Module | nnx.Module,
+    sample,
+    virtual_edges: int,
+    *,
+    initial: Mapping | None = None,
+    seed: int = 0,
+    call: Mapping[str, Any],
+) -> TracedModel:
+    """Traces a model; see `predict` for the arguments and errors.
+
+    Args:
+      model: a Linen or NNX module.
+      sample: an input, or its shape.
+      virtual_edges: see `graph.build_graph`.
+      initial: a Linen model's variables; None: those that its `init` makes.
+      seed: of `init`.
+      call: keyword arguments of the model's call.
+    """
+    sample = _check_sample(sample)
+    if isinstance(model, nnx.Module):
+        if initial is not None:
+            raise ValueError("an NNX module holds its initial values; initial is for Linen models")
+        return _trace_nnx(model, sample, virtual_edges, call)
+    if isinstance(model, nn.Module):
+        return _trace_linen(model, sample, virtual_edges, initial, seed, call)
+    what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise TypeError(
+        f"the model is {what}; allowed: an instance of a module of flax.linen or flax.nnx"
+    )
+
+
+class _Identity:
+    """An object as a key: itself, not what equals it, as classes that it uses may be redefined."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return self.value is other.value
+
+    def __hash__(self):
+        return id(self.value)
+
+
+@functools.lru_cache(maxsize=8)
+def _trace_linen_once(model: _Identity, sample, virtual_edges, seed, call, settings):
+    del settings
+    return _trace_linen(model.value, sample, virtual_edges, None, seed, dict(call))
+
+
+def trace_once(model, sample, virtual_edges: int, *, initial, seed, call) -> TracedModel:
+    """`trace`, or what it gave for the same Linen module before; not to be changed.
+
+    Tracing takes most of the time of a prediction (ResNet-50: 0.3 s of 0.34). NNX modules may have
+    changed since, and are traced again.
+    """
+    if isinstance(model, nn.Module) and initial is None:
+        # Of JAX's settings, those that decide on types and initial values.
+        settings = (jax.config.jax_enable_x64, jax.config.jax_default_prng_impl,
+                    jax.config.jax_threefry_partitionable)  # fmt: skip
+        key = (_Identity(model), _check_sample(sample), virtual_edges, seed,
+               tuple(sorted(call.items())), settings)  # fmt: skip
+        try:
+            hash(key)
+        except TypeError:  # an argument of the call, say an array
+            pass
+        else:
+            return _trace_linen_once(*key)
+    return trace(model, sample, virtual_edges, initial=initial, seed=seed, call=call)
+
+
+def _trace_linen(model, sample, virtual_edges, initial, seed, call) -> TracedModel:
+    key = jax.random.key(seed)
+    if initial is None:
+        # Other streams of random numbers than 'params' (dropout) fall back to it.
+        init = functools.partial(_init_linen, model, call, sample)
+        variables, compute = read_init(init, key)
+    else:
+        variables = dict(initial)
+        values = jax.tree.leaves(variables)
+
+        def compute(wanted):
+            return [values[i] for i in wanted]
+
+    if not jax.tree.leaves(variables.get("params", {})):
+        raise ValueError(f"{type(model).__name__} has no parameters; nothing to predict")
+    numbers = jax.tree.unflatten(
+        jax.tree.structure(variables), range(len(jax.tree.leaves(variables)))
+    )
+    number_of = jax.tree.leaves(numbers["params"])
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def apply(params, rest, x):
+        # Batch norm may be told to update its statistics; what it updates is of no interest.
+        return model.apply(
+            {"params": params, **rest}, x, rngs={"params": key}, mutable=list(rest), **call
+        )[0]
+
+    def rebuild(leaves):
+        others = jax.tree.leaves({k: v for k, v in numbers.items() if k != "params"})
+        others = jax.tree.unflatten(jax.tree.structure(rest), compute(others) if others else [])
+        return {"params": jax.tree.unflatten(treedef, leaves), **others}
+
+    params = variables["params"]
+    treedef, paths = jax.tree.structure(params), _paths(params)
+    return TracedModel(
+        read_graph(apply, params, rest, sample, paths, virtual_edges),
+        paths,
+        jax.tree.leaves(params),
+        lambda wanted: compute([number_of[i] for i in wanted]),
+        rebuild,
+    )
+
+
+def _init_linen(model, call, sample, key):
+    return model.init({"params": key}, jax.numpy.zeros(sample.shape, sample.dtype), **call)
+
+
+def _trace_nnx(model, sample, virtual_edges, call) -> TracedModel:
+    definition, params, rest = nnx.split(model, nnx.Param, ...)
+    leaves, treedef = jax.tree.flatten(params)
+    if not leaves:
+        raise ValueError(f"{type(model).__name__} has no nnx.Param; nothing to predict")
+
+    def apply(params, rest, x):
+        return nnx.merge(definition, params, rest)(x, **call)
+
+    def initial(wanted):
+        abstract = [paths[i] for i in wanted if isinstance(leaves[i], jax.ShapeDtypeStruct)]
+        if abstract:
+            raise ValueError(
+                f"the module is abstract (nnx.eval_shape), but {abstract[0]} stays at its initial "
+                "value; give a module with arrays"
+            )
+        return [leaves[i] for i in wanted]
+
+    paths = _paths(params)
+    return TracedModel(
+        read_graph(apply, params, rest, sample, paths, virtual_edges),
+        paths,
+        leaves,
+        initial,
+        lambda values: nnx.merge(definition, jax.tree.unflatten(treedef, values), _copy(rest)),
+    )
+
+
+def _copy(state):
+    """The same arrays in new variables: what a new module updates is not the old one's."""
+    return jax.tree.map(lambda x: x, state)
+
+
+def model_graph(model: nn.Module | nnx.Module, sample, virtual_edges: int = 50, **call) -> Graph:
+    """The computational graph of any Flax model (§ 3), for `draw` or `GHN.embed`.
+
+    Args:
+      model: a Linen or NNX module; see `predict`.
+      sample: an input (B, H, W, C), or its `jax.ShapeDtypeStruct`.
+      virtual_edges: see `build_graph`.
+      **call: keyword arguments of the model's call (train=False).
+
+    Raises:
+      TypeError, ValueError: as `predict`.
+    """
+    return trace(model, sample, virtual_edges, call=call).reading.graph
+
+
+def map_parameters(variables, function: Callable[[str, jax.Array], jax.Array]):
+    """Applies a function of (path, array) to all parameters.
+
+    Args:
+      variables: a Linen model's variables, or an NNX module.
+      function: gets paths as reports have them: 'layer1_0/conv1/kernel'.
+
+    Returns:
+      New variables or a new module; those given are not changed.
+    """
+    if isinstance(variables, nnx.Module):
+        definition, params, rest = nnx.split(variables, nnx.Param, ...)
+        return nnx.merge(definition, _map_tree(params, function), _copy(rest))
+    return {**variables, "params": _map_tree(variables["params"], function)}
+
+
+def _map_tree(tree, function):
+    leaves, treedef = jax.tree.flatten(tree)
+    mapped = [function(p, leaf) for p, leaf in zip(_paths(tree), leaves, strict=True)]
+    return jax.tree.unflatten(treedef, mapped)
+
+
+def place_tensor(tensor, roles: Sequence[str], shape: tuple[int, ...]):
+    """A node's tensor in the layout of a model's parameter.
+
+    Args:
+      tensor: as `tiling.node_tensors` makes it; an embedding as (positions, channels).
+      roles: of the parameter's axes (`jaxpr_graph.Placement`).
+      shape: of the parameter.
+    """
+    axes = sorted(range(len(shape)), key=lambda axis: ("hwsioc".find(roles[axis]), axis))
+    back = [int(i) for i in np.argsort(axes)]
+    return tensor.reshape([shape[axis] for axis in axes]).transpose(back)

@@ -1,0 +1,1 @@
+"""Training of hypernetworks (paper Eq. 2, § 4.3), on one device or many."""

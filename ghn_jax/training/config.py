@@ -1,0 +1,225 @@
+"""Training configurations: the paper's hyperparameters (§ 5.1) and a small demonstration.
+
+A configuration is five groups of options. Every option has a name of its own, whatever its group,
+and is an option of the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+
+from ghn_jax.deepnets1m.sampling import RULES, Rules
+from ghn_jax.deepnets1m.task import Task
+from ghn_jax.hypernet import ghn
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Images."""
+
+    dataset: str = "cifar10"  # digits, cifar10 or imagenet2012
+    data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
+    batch_size: int = 64  # images in an update
+    epochs: int = 300  # passes over the training images
+    steps: int | None = None  # stop after this many updates; default: all epochs
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceConfig:
+    """Architectures (§ 3, Appendix A)."""
+
+    nets: Path | None = None  # official DeepNets-1M HDF5 to take architectures from
+    meta_batch: int = 8  # architectures in an update (b_m, § 4.3)
+    widths: tuple[int, ...] = RULES["train"].widths  # initial channels to choose from
+    fc_dims: tuple[int, ...] = RULES["train"].fc_dims  # hidden classifier widths to choose from
+    n_cells: tuple[int, int] = RULES["train"].n_cells  # least and most cells
+    nodes: tuple[int, int] = RULES["train"].nodes  # least and most nodes in a cell
+    norm: str = "mixed"  # mixed: batch norm in most networks, as in the paper; or always, never
+    max_nodes: int = 2200  # meta-batches with more graph nodes for every 8 are passed over
+    graph_nodes: int = 288  # nodes that padded graphs have room for, for each architecture
+
+    def rules(self, image_size: int) -> Rules:
+        """The generation rules of the training architectures."""
+        low, high = self.nodes
+        return dataclasses.replace(
+            RULES["train"],
+            widths=self.widths,
+            fc_dims=self.fc_dims,
+            n_cells=self.n_cells,
+            nodes=self.nodes,
+            deep_nodes=max(low, min(high, RULES["train"].deep_nodes)),
+            norm=self.norm,
+            image_size=224 if Task(image_size=image_size).large else 32,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The hypernetwork (§ 4, B)."""
+
+    tile_channels: int = 64  # channels of the largest kernel that the decoder makes (C of B.1)
+    virtual_edges: int = 50  # longest virtual edge (s^(max), Eq. 4); 1 for none
+    virtual_includes_real: bool = False  # as the authors' code, to exchange weights with it
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimiserConfig:
+    """Adam (§ 5.1)."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-5  # L2, added to the gradient
+    clip: float = 5.0  # largest global norm of the gradient
+    decay_epochs: tuple[int, ...] = (200, 250)  # epochs at which the learning rate falls
+    decay: float = 0.1  # factor by which it falls
+    label_smoothing: float = 0.0  # 0.1 for ImageNet in the paper
+
+    def make(self, steps_per_epoch: int) -> optax.GradientTransformation:
+        """Adam with L2 weight decay after clipping, and the step-wise schedule."""
+        schedule = optax.piecewise_constant_schedule(
+            self.learning_rate,
+            {epoch * steps_per_epoch: self.decay for epoch in self.decay_epochs},
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            optax.add_decayed_weights(self.weight_decay),
+            optax.adam(schedule),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where and how training runs."""
+
+    out: Path = Path("runs/ghn2")  # folder for checkpoints and metrics.jsonl
+    resume: bool = False  # go on from the last checkpoint in `out`
+    seed: int = 0  # of parameters, images, architectures and dropout
+    save_every: int = 200  # updates between checkpoints
+    workers: int = 2  # architectures that run at once on a CPU, where it is one device
+    mesh: str | None = None  # arch=ROWS,data=COLUMNS of devices; default: all on arch
+    coordinator: str | None = None  # HOST:PORT of process 0, or auto (Slurm, MPI, GKE, Cloud TPU)
+    process_id: int | None = None  # this process, from 0, with a coordinator given by hand
+    num_processes: int | None = None  # how many there are
+    cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs are kept here between runs
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of networks' activations
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """All options of `ghn-train`."""
+
+    preset: str = "ghn2"  # ghn2, ghn1, mlp (the paper's models), or demo (16x16 images, minutes)
+    data: DataConfig = DataConfig()
+    space: SpaceConfig = SpaceConfig()
+    model: ModelConfig = ModelConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    run: RunConfig = RunConfig()
+
+    def replace(self, **options: Any) -> TrainConfig:
+        """A copy with other values of some options, whatever their groups.
+
+        Raises:
+          TypeError: there is no such option.
+        """
+        groups = {}
+        for field in dataclasses.fields(self):
+            group = getattr(self, field.name)
+            if dataclasses.is_dataclass(group):
+                names = {f.name for f in dataclasses.fields(group)} & set(options)
+                changes = {name: options.pop(name) for name in names}
+                groups[field.name] = dataclasses.replace(group, **changes)
+        return dataclasses.replace(self, **groups, **options)
+
+    def describe(self) -> dict[str, Any]:
+        """The options as JSON-ready data, without which of the processes this one is."""
+        described = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        for name in ("coordinator", "process_id", "num_processes"):
+            del described["run"][name]
+        return described
+
+    def ghn(self, task: Task) -> ghn.GHN:
+        """The preset's hypernetwork, for networks of a task."""
+        # S of B.1: the largest kernel, or the grid of attention's patches.
+        kernel = 16 if task.large else max(7, task.image_size // 3 + 1)
+        channels = self.model.tile_channels
+        options = {"max_shape": (channels, channels, kernel, kernel)}
+        if self.preset == "ghn1":
+            return ghn.ghn1(task.num_classes, **options)
+        make = ghn.mlp_baseline if self.preset == "mlp" else ghn.GHN
+        return make(
+            task.num_classes,
+            virtual_edges=self.model.virtual_edges,
+            virtual_includes_real=self.model.virtual_includes_real,
+            **options,
+        )
+
+
+def ghn2() -> TrainConfig:
+    """GHN-2 on CIFAR-10, the paper's main model.
+
+    Command: `ghn-train --preset ghn2 --data-dir DIR --out runs/ghn2`. 300 epochs, 211,000 updates
+    of 8 architectures and 64 images. The authors: 0.9 hours an epoch on four V100 GPUs; top-1 of
+    `test` networks 66.9%. Not yet run in full here.
+    """
+    return TrainConfig()
+
+
+def ghn1() -> TrainConfig:
+    """GHN-1, the baseline without virtual edges and normalisation, one architecture an update.
+
+    Command: `ghn-train --preset ghn1 --data-dir DIR --out runs/ghn1`. The authors: 51.4% on `test`.
+    Not yet run in full here.
+    """
+    return TrainConfig("ghn1").replace(meta_batch=1, virtual_edges=1, out=Path("runs/ghn1"))
+
+
+def mlp() -> TrainConfig:
+    """The MLP baseline, without message passing.
+
+    Command: `ghn-train --preset mlp --data-dir DIR --out runs/mlp`. The authors: 42.2% on `test`.
+    Not yet run in full here.
+    """
+    return TrainConfig("mlp").replace(meta_batch=1, out=Path("runs/mlp"))
+
+
+def demo() -> TrainConfig:
+    """A GHN-2 for small networks on handwritten digits of 16x16 pixels.
+
+    Command: `make demo`. Minutes on two CPU cores; the benchmark page says how many, and what
+    accuracy unseen networks have.
+    """
+    return TrainConfig("demo").replace(
+        dataset="digits",
+        out=Path("runs/demo"),
+        steps=4500,
+        epochs=125,
+        decay_epochs=(105,),
+        batch_size=32,
+        meta_batch=2,
+        widths=(8,),
+        fc_dims=(32,),
+        n_cells=(3, 4),
+        nodes=(1, 2),
+        norm="always",
+        graph_nodes=128,
+        tile_channels=16,
+        save_every=500,
+    )
+
+
+PRESETS = {"ghn2": ghn2, "ghn1": ghn1, "mlp": mlp, "demo": demo}
+
+
+def preset(name: str) -> TrainConfig:
+    """A preset by name.
+
+    Raises:
+      ValueError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
+    return PRESETS[name]()

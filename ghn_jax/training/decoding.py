@@ -1,0 +1,251 @@
+"""The parameters of a meta-batch's networks: graphs to node states to tiles, and back (§ 4.1, B.1).
+
+Nodes of all networks that need the same kind of tile are decoded together, so many at a time; every
+tile is an array of its own, which one step of one network reads. Shapes of programs depend on the
+kind of tile and on the padded size of the graphs, not on what the networks are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from ghn_jax.deepnets1m.graph import Graph
+from ghn_jax.deepnets1m.operations import Arrays, Classifier, Unit
+from ghn_jax.engine.engine import Engine
+from ghn_jax.engine.programs import Program
+from ghn_jax.hypernet.decoder import Decoder
+from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.hypernet.tiling import (
+    CLASSIFIER,
+    TileKind,
+    parameter_kind,
+    squash,
+    tile_kind,
+    tile_tensors,
+)
+
+# Kernel positions that are decoded at once: enough for the matrix products to be efficient.
+_POSITIONS = 64
+
+
+_KERNEL = ("fc", "conv_0", "conv_1")
+_VECTOR = ("vector_0", "vector_1")
+_READS = {  # parameters of `decoder.Decoder` that its methods read
+    "kernel": _KERNEL,
+    "depthwise": _KERNEL,
+    "position": _KERNEL,
+    "classifier": (*_KERNEL, "class_kernel"),
+    "vector": _VECTOR,
+    "classifier_bias": (*_VECTOR, "class_bias"),
+}
+
+
+class Chunk(NamedTuple):
+    """Nodes that are decoded together.
+
+    Attributes:
+      kind: of their tiles.
+      nodes: (n,) int32 nodes of the padded graph, -1 for none.
+      owners: of each node, the network (its place in the batch) and its official name.
+    """
+
+    kind: TileKind
+    nodes: np.ndarray
+    owners: tuple[tuple[int, str], ...]
+
+
+def make_chunks(graphs: Sequence[Graph]) -> tuple[Chunk, ...]:
+    """Divides the nodes that have parameters into chunks of few different sizes.
+
+    Args:
+      graphs: in the order in which `padding.pad_graphs` joins them.
+    """
+    found: dict[TileKind, list[tuple[int, tuple[int, str]]]] = {}
+    first = 0
+    for member, graph in enumerate(graphs):
+        for node in range(len(graph)):
+            kind = tile_kind(graph, node)
+            if kind is not None:
+                found.setdefault(kind, []).append((first + node, (member, graph.names[node])))
+        first += len(graph)
+    chunks = []
+    for kind, nodes in sorted(found.items()):
+        most = max(1, _POSITIONS // (kind.height * kind.width))
+        least = max(1, most // 8)
+        while nodes:
+            size = most if len(nodes) > most // 2 else least
+            taken, nodes = nodes[:size], nodes[size:]
+            numbers = np.full(size, -1, np.int32)
+            numbers[: len(taken)] = [node for node, _ in taken]
+            chunks.append(Chunk(kind, numbers, tuple(owner for _, owner in taken)))
+    return tuple(chunks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tile_shape(ghn: GHN, kind: TileKind) -> tuple[int, ...]:
+    def decode(key, states):
+        return ghn.init_with_output(key, states, kind, method="decode")[0]
+
+    states = jax.ShapeDtypeStruct((1, ghn.features), jnp.float32)
+    return jax.eval_shape(decode, jax.random.key(0), states).shape[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Parameters as `TilePrograms.decode` gives them, one tile each; see `engine.Tensors`."""
+
+    ghn: GHN
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def _kinds(unit: Unit) -> tuple[TileKind, ...]:
+        kinds = tuple(parameter_kind(*p) for p in unit.parameters)
+        return (*kinds[:-2], *CLASSIFIER) if isinstance(unit, Classifier) else kinds
+
+    def shapes(self, unit: Unit) -> list[tuple[tuple[int, ...], ...]]:
+        """See `engine.Tensors`."""
+        return [(_tile_shape(self.ghn, kind),) for kind in self._kinds(unit)]
+
+    def tensors(self, unit: Unit, params: Arrays) -> Arrays:
+        """See `engine.Tensors`; weights that repeat the classifier's inputs are left short."""
+        repeat, normalise = not isinstance(unit, Classifier), self.ghn.normalise
+        return tuple(
+            tensor
+            for p, kind, tile in zip(unit.parameters, self._kinds(unit), params, strict=True)
+            for tensor in tile_tensors(*p, kind, tile, normalise, jnp, repeat).values()
+        )
+
+
+def _specs(engine: Engine, tree):
+    """(shape, dtype, sharding) of arrays that are the same on all devices."""
+    return jax.tree.map(lambda x: (np.shape(x), jnp.dtype(x.dtype), engine.whole), tree)
+
+
+class TilePrograms:
+    """A hypernetwork's programs: from graphs to tiles, and from tiles' cotangents to a gradient.
+
+    Args:
+      ghn: the hypernetwork.
+      engine: whose devices they run on.
+      params: of the hypernetwork, or their shapes.
+    """
+
+    def __init__(self, ghn: GHN, engine: Engine, params: Any):
+        self.ghn, self.engine = ghn, engine
+        self._params = _specs(engine, params)
+
+    def _states(self, nodes: int):
+        return (nodes, self.ghn.features), jnp.dtype(jnp.float32), self.engine.whole
+
+    def encode(self, graph: jraph.GraphsTuple) -> Program:
+        """(params, graph) -> (N, d) node states."""
+
+        def encode(params, graph):
+            return self.ghn.apply({"params": params}, graph)
+
+        specs = self._params, _specs(self.engine, graph)
+        return self.engine.program(("encode", self.ghn), encode, specs)
+
+    def encode_backward(self, graph: jraph.GraphsTuple, workers: int) -> Program:
+        """(params, graph, each worker's sums of `decode_backward`) -> (P,) gradient, flat."""
+
+        def encode_backward(params, graph, sums):
+            _, vjp = jax.vjp(lambda p: self.ghn.apply({"params": p}, graph), params)
+            ddecoder, dstates = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), sums)
+            (dparams,) = vjp(dstates)
+            # The encoder does not read the decoder's parameters.
+            return ravel_pytree({**dparams, "decoder": ddecoder})[0]
+
+        sums = self._params["decoder"], self._states(len(graph.nodes["primitive"]))
+        specs = self._params, _specs(self.engine, graph), (sums,) * workers
+        return self.engine.program(("encode backward", self.ghn), encode_backward, specs)
+
+    def _decode(self, params, part, states, nodes, kind: TileKind) -> jax.Array:
+        """(n, ...) tiles, from the part of the decoder's parameters that the kind reads."""
+        ghn = self.ghn
+        shape = (*ghn.max_shape[:2], kind.height, kind.width)
+        decoder = Decoder(ghn.features, shape, ghn.num_classes)
+        params = {**params, "fc": self._fc(params, kind), **part}
+        tiles = decoder.apply({"params": params}, states[jnp.maximum(nodes, 0)], kind)
+        return squash(tiles, kind, jnp) if ghn.normalise else tiles
+
+    def _part(self, params, kind: TileKind):
+        """What a kind of tile reads of the decoder's parameters: of `fc`, its positions only."""
+        part = {name: params[name] for name in _READS[kind.decoder]}
+        return {**part, "fc": self._fc(params, kind)} if "fc" in part else part
+
+    def _fc(self, params, kind: TileKind):
+        def positions(x):
+            x = self._positions(x)[..., : kind.height, : kind.width]
+            return x.reshape(*x.shape[:-3], -1)
+
+        return jax.tree.map(positions, params["fc"])
+
+    def _positions(self, x: jax.Array) -> jax.Array:
+        """(..., mid * height * width) -> (..., mid, height, width)."""
+        return x.reshape(*x.shape[:-1], -1, *self.ghn.max_shape[2:])
+
+    def _add(self, sums, part, kind: TileKind):
+        """Adds the cotangents of `_part` to those of all parameters, in place."""
+        sums = dict(sums)
+        for name, gradient in part.items():
+            if name == "fc":
+
+                def add(total, g):
+                    positions = self._positions(total)
+                    g = g.reshape(*positions.shape[:-2], kind.height, kind.width)
+                    added = positions.at[..., : kind.height, : kind.width].add(g)
+                    return added.reshape(total.shape)
+
+                sums[name] = jax.tree.map(add, sums[name], gradient)
+            else:
+                sums[name] = jax.tree.map(jnp.add, sums[name], gradient)
+        return sums
+
+    def _chunk_specs(self, chunk: Chunk, n_node: int):
+        nodes = (chunk.nodes.shape, jnp.dtype(jnp.int32), self.engine.whole)
+        return self._params["decoder"], self._states(n_node), nodes
+
+    def decode(self, chunk: Chunk, n_node: int) -> Program:
+        """(decoder's params, states, nodes) -> a tile for each node."""
+        kind = chunk.kind
+
+        def decode(params, states, nodes):
+            tiles = self._decode(params, self._part(params, kind), states, nodes, kind)
+            return tuple(tiles[i] for i in range(len(nodes)))
+
+        return self.engine.program(
+            ("decode", self.ghn, kind), decode, self._chunk_specs(chunk, n_node)
+        )
+
+    def decode_backward(self, chunk: Chunk, n_node: int) -> Program:
+        """(params, states, nodes, cotangents of tiles, sums so far) -> sums.
+
+        The sums are over chunks, (decoder's gradient, cotangent of states). Where a chunk has no
+        node, the cotangent may be anything.
+        """
+        kind = chunk.kind
+
+        def decode_backward(params, states, nodes, dtiles, sums):
+            part = self._part(params, kind)
+            _, vjp = jax.vjp(lambda p, s: self._decode(params, p, s, nodes, kind), part, states)
+            g = jnp.stack(dtiles)
+            unused = (nodes < 0).reshape(-1, *[1] * (g.ndim - 1))
+            dpart, dstates = vjp(jnp.where(unused, 0, g))
+            return self._add(sums[0], dpart, kind), sums[1] + dstates
+
+        params, states, nodes = self._chunk_specs(chunk, n_node)
+        tile = (_tile_shape(self.ghn, kind), jnp.dtype(jnp.float32), self.engine.whole)
+        specs = params, states, nodes, (tile,) * len(chunk.nodes), (params, states)
+        return self.engine.program(
+            ("decode backward", self.ghn, kind), decode_backward, specs, donate=(4,)
+        )

@@ -1,0 +1,146 @@
+"""Names: the public ones, those of version 0.1, and the commands."""
+
+import ast
+import importlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import ghn_jax
+from ghn_jax.cli import predict
+from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.interop.old_names import NAMES
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_public_names_are_there():
+    assert len(set(ghn_jax.__all__)) == len(ghn_jax.__all__)
+    for name in ghn_jax.__all__:
+        assert getattr(ghn_jax, name) is not None
+    assert ghn_jax.predict is ghn_jax.predict_model
+
+
+@pytest.mark.parametrize("old", [n for n in NAMES if not n.endswith("__main__")])
+def test_modules_are_found_under_their_old_names(old):
+    new = importlib.import_module(NAMES[old])
+    assert importlib.import_module(old) is new
+    assert new.__spec__.name == new.__name__ == NAMES[old]
+
+
+def test_a_module_that_never_was_is_not_found():
+    with pytest.raises(ModuleNotFoundError, match="ghn_jax.nothing"):
+        importlib.import_module("ghn_jax.nothing")
+
+
+@pytest.mark.parametrize("module", ["parity", "convert", "deepnets1m"])
+def test_old_commands(module):
+    result = subprocess.run(
+        [sys.executable, "-m", f"ghn_jax.{module}", "--help"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "usage" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("script", [*PROJECT["scripts"]])
+def test_commands_say_what_is_wrong_in_a_line(script, monkeypatch):
+    module, _, function = PROJECT["scripts"][script].partition(":")
+    arguments = {
+        "ghn-train": ["--resume", "--out", "/nowhere"],
+        "ghn-eval": ["--ckpt", "/nowhere"],
+        "ghn-predict": ["--ckpt", "/nowhere", "--out", "x.pt"],
+        "ghn-convert": ["ghn", "/nowhere", "/x.pt"],
+        "ghn-deepnets1m": ["stats", "--num", "0"],
+    }[script]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        getattr(importlib.import_module(module), function)()
+    message = str(ended.value.code)
+    assert message.startswith(f"{script}: ")
+    assert len(message.splitlines()) == 1
+
+
+def test_scripts_are_thin():
+    for path in (*ROOT.glob("train/*.py"), *ROOT.glob("eval/*.py")):
+        assert len(path.read_text().splitlines()) < 60
+
+
+def test_packages_import_no_package_above_them():
+    """The order in which packages stand: each imports only from those before it."""
+    order = ["deepnets1m", "zoo", "data", "plot", "hypernet", "engine", "tracing", "training",
+             "evaluation", "interop", "cli"]  # fmt: skip
+    for path in ROOT.glob("ghn_jax/*/**/*.py"):
+        package = path.relative_to(ROOT / "ghn_jax").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ghn_jax."):
+                imported = node.module.split(".")[1]
+                assert order.index(imported) <= order.index(package), path
+
+
+def test_requirements_are_those_of_all_extras():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    listed = {re.sub(r"\s*#.*", "", line) for line in lines} - {""}
+    extras = PROJECT["optional-dependencies"]
+    assert listed == {*PROJECT["dependencies"], *extras["train"], *extras["plot"]}
+    assert extras["all"] == ["ghn_jax[train,plot]"]
+
+
+# --- ghn-predict ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    ghn = GHN(max_shape=(16, 16, 11, 11))
+    path = tmp_path_factory.mktemp("predict") / "ghn"
+    ghn_jax.save_ghn(path, ghn, ghn.init_variables(0))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ""])
+def test_predicting_a_network_of_a_split(ckpt, tmp_path, suffix):
+    out = tmp_path / f"weights{suffix}"
+    options = ["--ckpt", ckpt, "--split", "test", "--index", "7", "--out", out]
+    predict.main([str(o) for o in options])
+    arch = ghn_jax.evaluation_set("test")[7]
+    ghn, variables = ghn_jax.load_ghn(ckpt)
+    expected = ghn_jax.to_torch(ghn.predict(variables, arch), arch)
+    if suffix == ".safetensors":
+        found = safetensors.numpy.load_file(out)
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+    assert out.exists()
+    with pytest.raises(FileExistsError, match="exists already"):
+        predict.main([str(o) for o in options])
+
+
+def test_predicting_a_model(ckpt, tmp_path, capsys):
+    out = tmp_path / "r18.safetensors"
+    predict.main(["--ckpt", str(ckpt), "--net", "resnet18", "--out", str(out)])
+    assert "decoded" in capsys.readouterr().out
+    assert safetensors.numpy.load_file(out)["conv1.weight"].shape == (64, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--net", "resnet18", "--split", "test"], "--net or --split"),
+        ([], "--net or --split"),
+        (["--net", "alexnet"], "alexnet does not exist; give a JSON file or one of"),
+        (["--split", "test", "--index", "500"], "--index is 500; allowed: 0 to 499"),
+    ],
+)
+def test_what_cannot_be_predicted(ckpt, tmp_path, options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        predict.main(["--ckpt", str(ckpt), "--out", str(tmp_path / "x.pt"), *options])
+    assert not (tmp_path / "x.pt").exists()
