@@ -2,8 +2,8 @@
 
 `wire(arch)` follows the design space (paper Appendix A.1) once and lists the operations that lie on
 a path from the images to the logits, with their channels, strides and the tensors they read. The
-graph (`graph.py`), the Flax network (`network.py`), the engine's steps (`engine/plan.py`) and the counts
-of FLOPs all read this list; what its operations are is in `operations.py`.
+graph (`graph.py`), the Flax network (`network.py`), the engine's steps (`engine/plan.py`) and the
+counts of FLOPs all read this list; what its operations are is in `operations.py`.
 
 Tensors are numbered *states*. A state with two operations writing to it is their sum. A *feature*
 is a tuple of states that stands for their concatenation along channels; `None` in it is an all-zero

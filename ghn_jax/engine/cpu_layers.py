@@ -1,4 +1,4 @@
-"""The functions of `deepnets1m/layers.py`, in forms that are faster on CPUs, with gradients by hand.
+"""The functions of `deepnets1m/layers.py` in faster forms for CPUs, with gradients by hand.
 
 Dense kernel gradients are written as NHWC x HWIO convolutions, the form that XLA's CPU backend
 is fast at; depthwise convolutions are sums of shifted products, several times faster there than

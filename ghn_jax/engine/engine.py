@@ -334,7 +334,7 @@ class Engine:
     def features(
         self, network: Prepared, params: Weights, images: jax.Array, cells: Sequence[int], **options
     ) -> list[jax.Array]:
-        """(B, H, W, C) outputs of some cells of a network, as detection takes them (§ 5.2).
+        """(B, H, W, C) outputs of some cells of a network, as detection takes them (§ 5.3).
 
         Args:
           network, params, images, options: see `forward`.
