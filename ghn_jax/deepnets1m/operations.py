@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -581,61 +581,118 @@ def _stem(prefix: str, at: int, c_in: int, c_out: int, k: int, stride: int) -> P
     return Piece(unit, _weights(f"{prefix}.{at}"), f"{prefix}.{at + 1}.weight")
 
 
-_EXCITE = tuple(f".fc{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias"))
-_BLOCK = (
-    *(".ln1.weight", ".to_qkv.weight", ".to_out.0.weight", ".to_out.0.bias", ".ln2.weight"),
-    *(".ff.net.0.weight", ".ff.net.0.bias", ".ff.net.3.weight", ".ff.net.3.bias"),
-)
+Pieces = tuple[Piece, ...]
+
+
+def _identity(c_in: int, c_out: int, stride: int) -> Pieces:
+    return (Piece(Identity(stride)),)
+
+
+def _pool(kind: str, c_in: int, c_out: int, stride: int) -> Pieces:
+    return (Piece(Pool(kind, stride)),)
+
+
+def _conv(k: int, c_in: int, c_out: int, stride: int) -> Pieces:
+    return (_relu_conv(Convolution(c_in, c_out, (k, k), (stride, stride))),)
+
+
+def _conv_7x1_1x7(c_in: int, c_out: int, stride: int) -> Pieces:
+    first = Convolution(c_in, c_in, (1, 7), (1, stride))
+    return (_relu_conv(first, Convolution(c_in, c_out, (7, 1), (stride, 1))),)
+
+
+def _sep_conv(k: int, c_in: int, c_out: int, stride: int) -> Pieces:
+    return (
+        _separable("sep_conv", c_in, c_in, k, stride),
+        _separable("sep_conv", c_in, c_out, k, 1, first=5),
+    )
+
+
+def _dil_conv(k: int, c_in: int, c_out: int, stride: int) -> Pieces:
+    return (_separable("dil_conv", c_in, c_out, k, stride),)
+
+
+def _factorized_reduce(c_in: int, c_out: int, stride: int) -> Pieces:
+    return (Piece(FactorizedReduce(c_in, c_out), _weights(".conv_1", ".conv_2"), ".bn.weight"),)
+
+
+def _cse(c_in: int, c_out: int, stride: int) -> Pieces:
+    layers = (f".fc{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias"))
+    return (Piece(SqueezeExcite(c_in, stride), tuple(layers)),)
+
+
+def _msa(c_in: int, c_out: int, stride: int) -> Pieces:
+    names = (
+        *(".ln1.weight", ".to_qkv.weight", ".to_out.0.weight", ".to_out.0.bias", ".ln2.weight"),
+        *(".ff.net.0.weight", ".ff.net.0.bias", ".ff.net.3.weight", ".ff.net.3.bias"),
+    )
+    return (Piece(TransformerBlock(c_in), names),)
+
+
+_OPERATIONS: dict[str, Callable[[int, int, int], Pieces]] = {
+    "max_pool_3x3": functools.partial(_pool, "max"),
+    "avg_pool_3x3": functools.partial(_pool, "avg"),
+    "skip_connect": _identity,
+    "sep_conv_3x3": functools.partial(_sep_conv, 3),
+    "sep_conv_5x5": functools.partial(_sep_conv, 5),
+    "dil_conv_3x3": functools.partial(_dil_conv, 3),
+    "dil_conv_5x5": functools.partial(_dil_conv, 5),
+    "conv_1x1": functools.partial(_conv, 1),
+    "conv_7x1_1x7": _conv_7x1_1x7,
+    "conv_3x3": functools.partial(_conv, 3),
+    "conv_5x5": functools.partial(_conv, 5),
+    "conv_7x7": functools.partial(_conv, 7),
+    "msa": _msa,
+    "cse": _cse,
+    # Of stems and at the inputs of cells.
+    "stem_pool": functools.partial(_pool, "max"),
+    "preprocess": functools.partial(_conv, 1),
+    "factorized_reduce": _factorized_reduce,
+    "subsample": _identity,
+}
+
+
+def _stem_conv(c_out: int, stride: int, kernel: int, positions: int) -> Pieces:
+    return (_stem("stem", 0, 3, c_out, kernel, stride),)
+
+
+def _stem_imagenet(c_out: int, stride: int, kernel: int, positions: int) -> Pieces:
+    each, half = (2 if stride == 4 else 1), c_out // 2
+    return _stem("stem0", 0, 3, half, kernel, each), _stem("stem0", 3, half, c_out, 3, each)
+
+
+def _stem_reduce(c_out: int, stride: int, kernel: int, positions: int) -> Pieces:
+    return (_stem("stem1", 1, c_out, c_out, 3, 2),)
+
+
+def _stem_vit(c_out: int, stride: int, kernel: int, positions: int) -> Pieces:
+    return (Piece(PatchEmbedding(c_out, kernel, positions), _weights("stem0", "pos_enc")),)
+
+
+_STEMS: dict[str, Callable[[int, int, int, int], Pieces]] = {
+    "stem_conv": _stem_conv,
+    "stem_imagenet": _stem_imagenet,
+    "stem_reduce": _stem_reduce,
+    "stem_vit": _stem_vit,
+}
 
 
 @functools.lru_cache(maxsize=8192)
 def pieces(
     kind: str, c_in: int, c_out: int, stride: int = 1, kernel: int = 0, positions: int = 0
-) -> tuple[Piece, ...]:
+) -> Pieces:
     """The units of an operation.
 
     Args:
       kind, c_in, c_out, stride, kernel: of a `wiring.Operation`.
       positions: height of what a ViT's stem writes.
     """
-    s = (stride, stride)
-    if kind in ("skip_connect", "subsample"):
-        return (Piece(Identity(stride)),)
-    if kind in ("max_pool_3x3", "avg_pool_3x3", "stem_pool"):
-        return (Piece(Pool("avg" if kind[0] == "a" else "max", stride)),)
-    if kind == "cse":
-        return (Piece(SqueezeExcite(c_in, stride), _EXCITE),)
-    if kind == "msa":
-        return (Piece(TransformerBlock(c_in), _BLOCK),)
-    if kind == "factorized_reduce":
-        return (Piece(FactorizedReduce(c_in, c_out), _weights(".conv_1", ".conv_2"), ".bn.weight"),)
-    if kind == "stem_vit":
-        unit = PatchEmbedding(c_out, kernel, positions)
-        return (Piece(unit, _weights("stem0", "pos_enc")),)
-    if kind == "stem_conv":
-        return (_stem("stem", 0, 3, c_out, kernel, stride),)
-    if kind == "stem_imagenet":
-        each, half = (2 if stride == 4 else 1), c_out // 2
-        return _stem("stem0", 0, 3, half, kernel, each), _stem("stem0", 3, half, c_out, 3, each)
-    if kind == "stem_reduce":
-        return (_stem("stem1", 1, c_in, c_out, 3, 2),)
-    if kind in ("preprocess", "conv_1x1"):
-        return (_relu_conv(Convolution(c_in, c_out, (1, 1), s)),)
-    k = int(kind[-1])
-    if kind == "conv_7x1_1x7":
-        first = Convolution(c_in, c_in, (1, 7), (1, stride))
-        return (_relu_conv(first, Convolution(c_in, c_out, (7, 1), (stride, 1))),)
-    if kind.startswith("sep_conv"):
-        return (
-            _separable("sep_conv", c_in, c_in, k, stride),
-            _separable("sep_conv", c_in, c_out, k, 1, first=5),
-        )
-    if kind.startswith("dil_conv"):
-        return (_separable("dil_conv", c_in, c_out, k, stride),)
-    return (_relu_conv(Convolution(c_in, c_out, (k, k), s)),)
+    if kind in _STEMS:
+        return _STEMS[kind](c_out, stride, kernel, positions)
+    return _OPERATIONS[kind](c_in, c_out, stride)
 
 
-def operation_pieces(op: Operation, states: Sequence[StateInfo]) -> tuple[Piece, ...]:
+def operation_pieces(op: Operation, states: Sequence[StateInfo]) -> Pieces:
     """The units of an operation of a wiring; a name that starts with a dot follows `op.name`."""
     positions = states[op.output].size if op.kind == "stem_vit" else 0
     return pieces(op.kind, op.in_channels, op.out_channels, op.stride, op.kernel, positions)
@@ -653,7 +710,7 @@ def _full(name: str, prefix: str) -> str:
     return prefix + name if name[:1] == "." else name
 
 
-def network_pieces(wiring: Wiring) -> list[tuple[Piece, ...]]:
+def network_pieces(wiring: Wiring) -> list[Pieces]:
     """The units of each operation of a network, then its classifier, under their full names."""
     network = [
         tuple(
@@ -666,7 +723,7 @@ def network_pieces(wiring: Wiring) -> list[tuple[Piece, ...]]:
 
 
 @functools.lru_cache(maxsize=8192)
-def piece_nodes(some: tuple[Piece, ...], norm: bool) -> tuple[Node, ...]:
+def piece_nodes(some: Pieces, norm: bool) -> tuple[Node, ...]:
     """The graph nodes of an operation, the last its output; none for the identity (§ 3, Table 1).
 
     Args:
