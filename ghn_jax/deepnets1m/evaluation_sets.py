@@ -13,6 +13,7 @@ import bz2
 import functools
 import json
 from importlib import resources
+from typing import Literal, overload
 
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.canonical import Form, canonical, normal_form
@@ -44,6 +45,16 @@ def _sets() -> dict[str, tuple[Architecture | str, ...]]:
     }
 
 
+@overload
+def evaluation_set(
+    split: Literal["val", "test", "wide", "deep", "dense", "bnfree"], *, image_size: int = 32
+) -> tuple[Architecture, ...]: ...
+
+
+@overload
+def evaluation_set(split: str, *, image_size: int = 32) -> tuple[Architecture | str, ...]: ...
+
+
 def evaluation_set(split: str, *, image_size: int = 32) -> tuple[Architecture | str, ...]:
     """The networks of an evaluation split.
 
@@ -60,7 +71,8 @@ def evaluation_set(split: str, *, image_size: int = 32) -> tuple[Architecture | 
     if split not in sets:
         raise ValueError(f"split {split!r} has no evaluation set; allowed: {', '.join(sets)}")
     if split == "wide" and Task(image_size=image_size).large:  # as in the official files
-        return tuple(arch.replace(C=arch.C // 2) for arch in sets[split])
+        wide = (arch for arch in sets[split] if isinstance(arch, Architecture))
+        return tuple(arch.replace(C=arch.C // 2) for arch in wide)
     return sets[split]
 
 

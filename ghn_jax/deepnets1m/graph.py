@@ -109,12 +109,18 @@ class _GraphBuilder:
                 rows.append((primitive, name, shape, cell, inputs))
         return len(rows) - 1 if nodes else source
 
-    def _tensor(self, state: int):
+    def _tensor(self, state: int) -> int:
         """What a state is before sums are removed; an identity is the tensor that it passes on."""
         writers = self.writers.get(state, ())
         if len(writers) == 1 and not self.expansions[writers[0]]:
-            return self._tensor(self.wiring.operations[writers[0]].inputs[0])
+            return self._passed_on(writers[0])
         return state
+
+    def _passed_on(self, identity: int) -> int:
+        """The tensor that an operation without nodes passes on."""
+        state = self.wiring.operations[identity].inputs[0]
+        assert state is not None  # only features of several parts have zeros in them
+        return self._tensor(state)
 
     def state(self, state: int) -> int:
         """The node that a state is read from; a `sum` where two tensors meet."""
@@ -125,10 +131,7 @@ class _GraphBuilder:
             if len(writers) > 1:
                 # Two identities of one tensor add it to itself: one edge comes in, so no node.
                 tensors = {
-                    ("operation", i)
-                    if self.expansions[i]
-                    else self._tensor(self.wiring.operations[i].inputs[0])
-                    for i in writers
+                    ("operation", i) if self.expansions[i] else self._passed_on(i) for i in writers
                 }
                 if len(tensors) > 1:
                     node = self.join("sum", [self.output_of[i] for i in writers])
@@ -230,13 +233,14 @@ def build_graph(
             f"the architecture's graph has {len(rows)} nodes; allowed: up to {MAX_GRAPH_NODES}, as "
             "the paths between all of them are listed; use fewer cells or operations"
         )
-    primitives, names, shapes, cells, sources = zip(*rows, strict=True)
+    primitives, names, shapes, cells, reads = zip(*rows, strict=True)
+    sources: list[list[int]] = list(reads)
     if sorted(cells) != list(cells):
         # Cells contiguous, as in the official files.
         order = sorted(range(len(rows)), key=cells.__getitem__)
         place = {old: new for new, old in enumerate(order)}
-        primitives, names, shapes, cells, sources = zip(*[rows[i] for i in order], strict=True)
-        sources = [[place[s] for s in read] for read in sources]
+        primitives, names, shapes, cells, reads = zip(*[rows[i] for i in order], strict=True)
+        sources = [[place[s] for s in read] for read in reads]
     return Graph(
         primitives=np.array([PRIMITIVE_ID[p] for p in primitives], np.int32),
         edges=shortest_paths(sources, virtual_edges),

@@ -13,7 +13,7 @@ import jax
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.layers import concatenate
 from ghn_jax.deepnets1m.names import parameter_path
-from ghn_jax.deepnets1m.operations import Arrays, NormSum, Parameter, network_pieces
+from ghn_jax.deepnets1m.operations import Arrays, Classifier, NormSum, Parameter, network_pieces
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.deepnets1m.wiring import IMAGE, Wiring, wire
 
@@ -99,10 +99,11 @@ class Network(nn.Module):
             for unit, names, norm in some:
                 x = unit.apply(of(names), (x,))
                 if wiring.norm and norm:
-                    x = NormSum(unit.features, 1).apply(of([norm]), (x,))
+                    x = NormSum(x.shape[-1], 1).apply(of([norm]), (x,))
             states[op.output] = states[op.output] + x if op.output in states else x
         last = concatenate([None if s is None else states[s] for s in wiring.head.feature])
         key = self.make_rng("dropout") if train and len(wiring.head.dims) > 2 else None
+        assert isinstance(head.unit, Classifier)
         return head.unit.apply(of(head.names), (last,), key=key)
 
 

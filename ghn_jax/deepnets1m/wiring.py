@@ -199,15 +199,16 @@ class Builder:
             out = None
             for j in (2 * node, 2 * node + 1):
                 kind, source = edges[j]
-                if states[source] is None or kind == "none":
+                read = states[source]
+                if read is None or kind == "none":
                     continue
                 stride = 2 if strided and source < 2 else 1
                 if out is None:
-                    out = self.state(channels, -(-self.states[states[source]].size // stride))
+                    out = self.state(channels, -(-self.states[read].size // stride))
                 if kind == "skip_connect" and stride == 2:
                     kind = "factorized_reduce"
                 name = f"cells.{i}._ops.{j}"
-                self.add(kind, name, i, (states[source],), out, channels, stride)
+                self.add(kind, name, i, (read,), out, channels, stride)
             states.append(out)
         feature = tuple(states[s] for s in concat)
         self.outputs.append(feature if any(s is not None for s in feature) else None)
@@ -215,15 +216,16 @@ class Builder:
     def build(self) -> Wiring:
         """The whole network."""
         arch = self.arch
-        before, last = self.stem()
+        inputs: tuple[Feature | None, Feature | None] = self.stem()
         channels = arch.C
         halve = arch.stem_type == 1
         for i in range(arch.n_cells):
             if arch.is_reduction(i):
                 channels *= arch.C_mult
-            self.cell(i, (before, last), channels, halve and not arch.has_attention)
-            before, last = last, self.outputs[-1]
+            self.cell(i, inputs, channels, halve and not arch.has_attention)
+            inputs = inputs[1], self.outputs[-1]
             halve = arch.is_reduction(i)
+        last = inputs[1]
         if last is None:
             raise DisconnectedError(
                 "the architecture's graph is disconnected: no path of operations other than "

@@ -311,7 +311,7 @@ class Engine:
         Returns:
           (B, classes) float32 logits, and the trace.
         """
-        plan = network.plan
+        plan, statistics = network.plan, statistics or {}
         values = {IMAGES: images}
         found = {}
         for i, (step, programs) in enumerate(zip(plan.steps, network.programs, strict=True)):
@@ -339,10 +339,17 @@ class Engine:
         Args:
           network, params, images, options: see `forward`.
           cells: from 0; negative numbers count from the last.
+
+        Raises:
+          ValueError: a cell has no output.
         """
         plan = network.plan
-        features = [plan.wiring.outputs[cell] for cell in cells]
-        values = [[None if s is None else plan.states[s] for s in f] for f in features]
+        values = []
+        for cell in cells:
+            feature = plan.wiring.outputs[cell]
+            if feature is None:
+                raise ValueError(f"cell {cell} has no output: no path leads to it")
+            values.append([None if s is None else plan.states[s] for s in feature])
         wanted = frozenset(v for some in values for v in some if v is not None)
         _, trace = self.forward(network, params, images, keep=wanted, **options)
         return [
@@ -375,14 +382,16 @@ class Engine:
                 n = unit.normed_terms
                 dweights, dinputs = (), ()
                 if n:
+                    assert program is not None
                     for v in step.inputs[:n]:
+                        assert v is not None  # zeros are not normalised
                         del values[v]
                     dweights, dinputs = program(weights, inputs[:n], trace.statistics.pop(i), g)
                 dinputs = (*dinputs, *(g for _ in step.inputs[n:]))
-            elif isinstance(unit, Classifier):
-                dweights, dinputs = program(weights, inputs, trace.seed, g)
             else:
-                dweights, dinputs = program(weights, inputs, g)
+                assert program is not None
+                seed = (trace.seed,) if isinstance(unit, Classifier) else ()
+                dweights, dinputs = program(weights, inputs, *seed, g)
             del inputs
             _unflatten(gradient, dweights, params, step.names)
             for v, dx in zip(step.inputs, dinputs or (), strict=False):

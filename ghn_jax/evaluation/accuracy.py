@@ -147,10 +147,10 @@ def random_parameters(network: nn.Module, image_size: int, seed: int):
 
 def named_architectures(width: int, n_cells: int = 8) -> dict[str, Architecture]:
     """The paper's named networks of the design space, at a small width."""
-    darts = {"C": width, "n_cells": n_cells, "fc_layers": 1}
+    darts = functools.partial(Architecture, C=width, n_cells=n_cells, fc_layers=1)
     return {
-        "DARTS": Architecture(DARTS, **darts),
-        "PDARTS": Architecture(PDARTS, **darts),
+        "DARTS": darts(DARTS),
+        "PDARTS": darts(PDARTS),
         "ViT": Architecture(
             VIT, n_cells=n_cells, C=width, C_mult=1, preproc=False, stem_type=0, fc_layers=1
         ),
@@ -166,6 +166,7 @@ def predict_network(
         sample = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
         predicted, _ = predict_model(ghn, variables, network, sample, strict=True)
         return network, predicted["params"]
+    assert isinstance(arch, Architecture)
     params = ghn.predict(variables, arch, image_size=image_size)
     return build_network(arch, ghn.num_classes, image_size), params
 
@@ -196,7 +197,8 @@ def evaluate_ghn(
       One record for each architecture: name, top1, top5 (fractions), images, parameters (number
       predicted), predict_seconds, evaluate_seconds, architecture (as data), and top1_random.
     """
-    engine, records = engine or Engine(), []
+    engine = engine or Engine()
+    records: list[dict] = []
     for name, arch in architectures:
         start = time.perf_counter()
         network, params = predict_network(ghn, variables, arch, images.image_size)
@@ -216,7 +218,7 @@ def evaluate_ghn(
             "parameters": sum(p.size for p in jax.tree.leaves(params)),
             "predict_seconds": round(predict_seconds, 3),
             "evaluate_seconds": round(accuracy.seconds, 3),
-            "architecture": arch if arch == RESNET50 else arch.to_dict(),
+            "architecture": arch if isinstance(arch, str) else arch.to_dict(),
         }
         if random:
             record["top1_random"] = random[0].top1

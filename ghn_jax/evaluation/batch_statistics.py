@@ -7,6 +7,7 @@ training batches of statistics (`average_statistics`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -46,7 +47,7 @@ def apply_on_batch(model: nn.Module, variables: Mapping, images: jax.Array, **ca
       **call: keyword arguments of the model's call.
     """
     with _on_batch(momentum=0.0):
-        return model.apply(variables, images, **call)
+        return cast(jax.Array, model.apply(variables, images, **call))
 
 
 def average_statistics(

@@ -159,10 +159,10 @@ class NetworkTraining:
         loss, dlogits = self._loss(logits, labels)
         statistics = self._averaged(state.statistics, trace, len(images))
         gradient = self.engine.backward(self.network, state.weights, trace, dlogits)
-        scale = np.float32(1)
+        scale: np.float32 | jax.Array = np.float32(1)
         if self.clip is not None:
-            arrays = (array for some in gradient.values() for array in some)
-            total = functools.reduce(_squares, arrays, np.float32(0))
+            every = (array for some in gradient.values() for array in some)
+            total = functools.reduce(_squares, every, np.float32(0))
             scale = jnp.minimum(1, self.clip / (jnp.sqrt(total) + 1e-6))
         weights, opt_state = {}, {}
         for name, arrays in state.weights.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -17,7 +18,14 @@ from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph, build_graph
 from ghn_jax.hypernet.decoder import Decoder, ShapeEncoder
 from ghn_jax.hypernet.gatedgnn import GatedGNN, NodeMLP
 from ghn_jax.hypernet.padding import next_power_of_two, pad_graphs
-from ghn_jax.hypernet.tiling import TileKind, check_decodable, named_tree, node_tensors, tile_kind
+from ghn_jax.hypernet.tiling import (
+    Tensor,
+    TileKind,
+    check_decodable,
+    named_tree,
+    node_tensors,
+    tile_kind,
+)
 
 
 class GHN(nn.Module):
@@ -148,7 +156,7 @@ class GHN(nn.Module):
 
     def tensors(
         self, variables, graph: Graph, nodes: Iterable[int] | None = None
-    ) -> dict[int, dict[str, np.ndarray | jax.Array]]:
+    ) -> dict[int, dict[str, Tensor]]:
         """Predicts the tensors of a graph's nodes, whatever module they belong to.
 
         Args:
@@ -180,18 +188,18 @@ class GHN(nn.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(ghn: GHN, key: jax.Array, graph: jraph.GraphsTuple) -> dict:
+def _init(ghn: GHN, key: jax.Array, graph: jraph.GraphsTuple) -> Mapping[str, Any]:
     return ghn.init(key, graph, method="encode_and_decode_all")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(ghn: GHN, variables, graph: jraph.GraphsTuple) -> jax.Array:
-    return ghn.apply(variables, graph)
+    return cast(jax.Array, ghn.apply(variables, graph))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _decode(ghn: GHN, variables, states: jax.Array, nodes: jax.Array, kind: TileKind) -> jax.Array:
-    return ghn.apply(variables, states[nodes], kind, method="decode")
+    return cast(jax.Array, ghn.apply(variables, states[nodes], kind, method="decode"))
 
 
 def ghn1(num_classes: int = 10, **options) -> GHN:

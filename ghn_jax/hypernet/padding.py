@@ -19,7 +19,10 @@ SWEEP_WIDTH = 16
 
 def _shape_code(shape: tuple[int, ...] | None) -> tuple[int, int, int, int]:
     """A parameter shape as (out, in, height, width); missing dimensions are 1 (B.1)."""
-    return (0, 0, 0, 0) if shape is None else (*shape, 1, 1, 1)[:4]
+    if shape is None:
+        return 0, 0, 0, 0
+    out, in_, height, width = (*shape, 1, 1, 1)[:4]
+    return out, in_, height, width
 
 
 def _levels(n_node: int, from_: np.ndarray, to: np.ndarray) -> np.ndarray:

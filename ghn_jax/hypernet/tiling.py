@@ -9,8 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
+import numpy as np
+
 from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph
 from ghn_jax.deepnets1m.names import insert, parameter_path
+
+Tensor = np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -150,7 +155,7 @@ def squash(tiles, kind: TileKind, xp):
 
 def tile_tensors(
     primitive: str, shape, kind: TileKind, tile, normalise: bool, xp, repeat: bool = True
-) -> dict[str, object]:
+) -> dict[str, Tensor]:
     """A parameter's tensors, made from its tile.
 
     Args:
@@ -178,7 +183,7 @@ def tile_tensors(
     return {leaf: weight_from_tile(tile, shape, kind, normalise, xp, repeat)}
 
 
-def node_tensors(graph: Graph, node: int, tile, normalise: bool, xp) -> dict[str, object]:
+def node_tensors(graph: Graph, node: int, tile, normalise: bool, xp) -> dict[str, Tensor]:
     """The tensors of a node, from its tile as `decoder.Decoder` returns it; see `tile_tensors`."""
     primitive, shape = PRIMITIVES[graph.primitives[node]], graph.param_shapes[node]
     kind = tile_kind(graph, node)
@@ -186,7 +191,7 @@ def node_tensors(graph: Graph, node: int, tile, normalise: bool, xp) -> dict[str
     return tile_tensors(primitive, shape, kind, tile, normalise, xp)
 
 
-def named_tree(graph: Graph, tensors: dict[int, dict[str, object]]) -> dict:
+def named_tree(graph: Graph, tensors: dict[int, dict[str, Tensor]]) -> dict:
     """The `params` tree of a network whose modules have the official names.
 
     Args:

@@ -22,7 +22,7 @@ from ghn_jax.deepnets1m.names import insert
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.interop.torch_file import read_torch, write_torch
 
-_CONFIG = {
+_CONFIG: dict[str, type | tuple[type, ...]] = {
     "max_shape": (tuple, list),
     "num_classes": int,
     "hypernet": str,

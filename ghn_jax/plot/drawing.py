@@ -83,7 +83,7 @@ def _page(layout: Layout, title: str | None, lines: int) -> tuple[Figure, Axes, 
     figure = canvas(page_width, page_height)
     top = 1 - (_MARGIN + above) / page_height
     size = width / page_width, height / page_height
-    axes = figure.add_axes([_MARGIN / page_width, top - size[1], *size])
+    axes = figure.add_axes((_MARGIN / page_width, top - size[1], *size))
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes.set_axis_off()
     if title:
@@ -100,7 +100,8 @@ def _scatter(axes: Axes, kinds: np.ndarray, positions: np.ndarray, area: float) 
         if not len(here):
             continue
         markers = axes.scatter(
-            *here.T,
+            here[:, 0],
+            here[:, 1],
             s=area * style.size,
             color=style.color,
             marker=style.marker,
@@ -195,6 +196,11 @@ def draw_graph(
     _arrowheads(axes, kinds[reached], layout.positions[reached], area, inches)
     if legend:
         box = axes.get_position()
-        corner = {"loc": "upper left", "bbox_to_anchor": (box.x1, box.y1), "borderaxespad": 0}
-        figure.legend(handles=entries, frameon=False, **corner)
+        figure.legend(
+            handles=entries,
+            frameon=False,
+            loc="upper left",
+            bbox_to_anchor=(box.x1, box.y1),
+            borderaxespad=0,
+        )
     return save(figure, path)

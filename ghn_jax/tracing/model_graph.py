@@ -19,6 +19,9 @@ from flax import nnx
 from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.tracing.jaxpr_graph import Reading, read_graph, read_init
 
+# Of JAX's settings, those that decide on types and initial values.
+_SETTINGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
+
 
 class TracedModel(NamedTuple):
     """A model as its graph and its parameters, numbered as in `jax.tree.leaves`.
@@ -124,9 +127,7 @@ def trace_once(model, sample, virtual_edges: int, *, initial, seed, call) -> Tra
     changed since, and are traced again.
     """
     if isinstance(model, nn.Module) and initial is None:
-        # Of JAX's settings, those that decide on types and initial values.
-        settings = (jax.config.jax_enable_x64, jax.config.jax_default_prng_impl,
-                    jax.config.jax_threefry_partitionable)  # fmt: skip
+        settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
         key = (_Identity(model), _check_sample(sample), virtual_edges, seed,
                tuple(sorted(call.items())), settings)  # fmt: skip
         try:
@@ -186,7 +187,8 @@ def _init_linen(model, call, sample, key):
 
 
 def _trace_nnx(model, sample, virtual_edges, call) -> TracedModel:
-    definition, params, rest = nnx.split(model, nnx.Param, ...)
+    definition, *states = nnx.split(model, nnx.Param, ...)
+    params, rest = states
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
         raise ValueError(f"{type(model).__name__} has no nnx.Param; nothing to predict")
@@ -244,7 +246,8 @@ def map_parameters(variables, function: Callable[[str, jax.Array], jax.Array]):
       New variables or a new module; those given are not changed.
     """
     if isinstance(variables, nnx.Module):
-        definition, params, rest = nnx.split(variables, nnx.Param, ...)
+        definition, *states = nnx.split(variables, nnx.Param, ...)
+        params, rest = states
         return nnx.merge(definition, _map_tree(params, function), _copy(rest))
     return {**variables, "params": _map_tree(variables["params"], function)}
 

@@ -32,6 +32,7 @@ from ghn_jax.tracing.report import (
     how_made,
     primitive_of,
     shape_note,
+    shape_of,
 )
 
 
@@ -76,17 +77,19 @@ def predict_model(
         parameter belongs to a primitive, or `strict` and some parameter is left.
     """
     traced = trace_once(model, sample, ghn.virtual_edges, initial=initial, seed=seed, call=call)
-    graph, placements, reasons, notes = traced.reading
-    placements, reasons, notes = dict(placements), dict(reasons), list(notes)
+    reading = traced.reading
+    placements, reasons = dict(reading.placements), dict(reading.reasons)
+    notes = list(reading.notes)
     if len(sample.shape) != 4:
         notes.append(
             f"the input {tuple(sample.shape)} is no batch of images (B, H, W, C), which "
             "hypernetworks are trained for"
         )
-    graph, why = _head(graph, ghn.num_classes, keep_head)
+    graph, why = _head(reading.graph, ghn.num_classes, keep_head)
     if not graph.classifier:
         notes.append("the output is not made by a linear layer; no node is a classifier")
     for leaf, placement in list(placements.items()):
+        reason: str | None
         if why and placement.node in graph.classifier:
             reason = why
         else:
@@ -126,12 +129,12 @@ def _head(graph: Graph, num_classes: int, keep: bool) -> tuple[Graph, str]:
     """The graph with its classifier as it is to be encoded, and why that is not predicted."""
     if not graph.classifier:
         return graph, ""
-    classes = graph.param_shapes[graph.classifier[0]][0]
+    classes = shape_of(graph, graph.classifier[0])[0]
     if classes == num_classes:
         return graph, "keep_head" if keep else ""
     shapes = list(graph.param_shapes)
     for node in graph.classifier:
-        shapes[node] = (num_classes, *shapes[node][1:])
+        shapes[node] = (num_classes, *shape_of(graph, node)[1:])
     graph = dataclasses.replace(graph, param_shapes=shapes)
     return graph, f"the classifier is for {classes} classes, the hypernetwork for {num_classes}"
 
@@ -159,16 +162,18 @@ def _row(ghn, graph, path, shape, placement, reason, norm) -> ParameterReport:
     if placement is None:
         return ParameterReport(path, tuple(shape), (), "", "", INITIAL, reason, norm, None)
     node = placement.node
-    note = shape_note(graph.param_shapes[node], ghn.num_classes, ghn.max_shape[2])
+    node_shape, kind = shape_of(graph, node), tile_kind(graph, node)
+    assert kind is not None
+    note = shape_note(node_shape, ghn.num_classes, ghn.max_shape[2])
     if placement.skip:
         first = f"the first of {shape[placement.roles.index('s')]} positions is left"
         note = f"{first}; {note}" if note else first
     return ParameterReport(
         path,
         tuple(shape),
-        graph.param_shapes[node],
+        node_shape,
         primitive_of(graph, node),
-        tile_kind(graph, node).decoder,
+        kind.decoder,
         how_made(graph, node, ghn.max_shape),
         note,
         norm,

@@ -111,10 +111,18 @@ class PredictionReport:
         return "\n".join(lines)
 
 
+def shape_of(graph: Graph, node: int) -> tuple[int, ...]:
+    """The shape of the parameter that a node makes."""
+    shape = graph.param_shapes[node]
+    assert shape is not None
+    return shape
+
+
 def how_made(graph: Graph, node: int, max_shape: tuple[int, int, int, int]) -> str:
     """`ParameterReport.how` of what a node makes."""
     out, in_ = max_shape[:2]
-    shape, kind = graph.param_shapes[node], tile_kind(graph, node)
+    shape, kind = shape_of(graph, node), tile_kind(graph, node)
+    assert kind is not None
     pairs = {
         "kernel": ((0, out), (1, in_)),
         "depthwise": ((0, out),),
@@ -132,8 +140,8 @@ def how_made(graph: Graph, node: int, max_shape: tuple[int, int, int, int]) -> s
 
 def shape_note(shape: tuple[int, ...], num_classes: int, largest_kernel: int) -> str:
     """What the shape encoder takes a shape for, '' where it knows it."""
-    full = (*shape, 1, 1, 1)[:4]
-    near = nearest_shape(full, num_classes, largest_kernel)
+    out, in_, height, width = full = (*shape, 1, 1, 1)[:4]
+    near = nearest_shape((out, in_, height, width), num_classes, largest_kernel)
     names = ("out", "in", "height", "width")
     off = [f"{n} {a} as {b}" for n, a, b in zip(names, full, near, strict=True) if a != b]
     return "encoded with " + ", ".join(off) if off else ""
@@ -141,7 +149,7 @@ def shape_note(shape: tuple[int, ...], num_classes: int, largest_kernel: int) ->
 
 def he_norm(graph: Graph, node: int, tensor: str) -> float:
     """`ParameterReport.he_norm` of what a node makes."""
-    shape = graph.param_shapes[node]
+    shape = shape_of(graph, node)
     size = math.prod(shape)
     if tensor == "kernel":
         return math.sqrt(2 * size / math.prod(shape[1:]))

@@ -125,10 +125,10 @@ class TrainConfig:
         Raises:
           TypeError: there is no such option.
         """
-        groups = {}
+        groups: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             group = getattr(self, field.name)
-            if dataclasses.is_dataclass(group):
+            if dataclasses.is_dataclass(group) and not isinstance(group, type):
                 names = {f.name for f in dataclasses.fields(group)} & set(options)
                 changes = {name: options.pop(name) for name in names}
                 groups[field.name] = dataclasses.replace(group, **changes)
@@ -146,15 +146,15 @@ class TrainConfig:
         # S of B.1: the largest kernel, or the grid of attention's patches.
         kernel = 16 if task.large else max(7, task.image_size // 3 + 1)
         channels = self.model.tile_channels
-        options = {"max_shape": (channels, channels, kernel, kernel)}
+        max_shape = (channels, channels, kernel, kernel)
         if self.preset == "ghn1":
-            return ghn.ghn1(task.num_classes, **options)
+            return ghn.ghn1(task.num_classes, max_shape=max_shape)
         make = ghn.mlp_baseline if self.preset == "mlp" else ghn.GHN
         return make(
             task.num_classes,
             virtual_edges=self.model.virtual_edges,
             virtual_includes_real=self.model.virtual_includes_real,
-            **options,
+            max_shape=max_shape,
         )
 
 

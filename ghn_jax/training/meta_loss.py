@@ -7,6 +7,7 @@ for checking the engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -49,5 +50,5 @@ def meta_loss(
         network = build_network(arch, ghn.num_classes, images.shape[1])
         rngs = {"dropout": dropout[i]} if dropout else {}
         logits = network.apply({"params": weights}, images, train=bool(rngs), rngs=rngs)
-        losses.append(cross_entropy(logits, labels, smoothing))
+        losses.append(cross_entropy(cast(jax.Array, logits), labels, smoothing))
     return jnp.stack(losses).mean()

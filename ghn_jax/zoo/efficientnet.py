@@ -70,8 +70,8 @@ class MBConv(nn.Module):
             y = _Conv(hidden, (1, 1), name="block_0_0")(y)
             y = nn.silu(norm(name="block_0_1")(y))
             at = 1
-        options = {"padding": k // 2, "feature_group_count": hidden}
-        y = _Conv(hidden, (k, k), self.stride, **options, name=f"block_{at}_0")(y)
+        depthwise = functools.partial(_Conv, padding=k // 2, feature_group_count=hidden)
+        y = depthwise(hidden, (k, k), self.stride, name=f"block_{at}_0")(y)
         y = nn.silu(norm(name=f"block_{at}_1")(y))
         # A quarter of what comes into the block, not of the hidden channels.
         y = SqueezeExcitation(max(1, c // 4), name=f"block_{at + 1}")(y)

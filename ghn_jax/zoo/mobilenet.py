@@ -47,8 +47,8 @@ class InvertedResidual(nn.Module):
             y = _Conv(hidden, (1, 1), name="conv_0_0")(y)
             y = nn.relu6(norm(name="conv_0_1")(y))
             at = 1
-        options = {"padding": 1, "feature_group_count": hidden}
-        y = _Conv(hidden, (3, 3), self.stride, **options, name=f"conv_{at}_0")(y)
+        depthwise = functools.partial(_Conv, padding=1, feature_group_count=hidden)
+        y = depthwise(hidden, (3, 3), self.stride, name=f"conv_{at}_0")(y)
         y = nn.relu6(norm(name=f"conv_{at}_1")(y))
         y = _Conv(self.channels, (1, 1), name=f"conv_{at + 1}")(y)
         y = norm(name=f"conv_{at + 2}")(y)

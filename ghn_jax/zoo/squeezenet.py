@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ghn_jax.zoo.adapt import is_small
 
-POOL = "pool"
+POOL: Literal["pool"] = "pool"
 # Channels of each fire module's squeeze, max-pooling between; places in torchvision's sequence
 # follow from the order, after the first convolution and its ReLU.
-LAYERS = (POOL, 16, 16, POOL, 32, 32, POOL, 48, 48, 64, 64)
+LAYERS: tuple[int | Literal["pool"], ...] = (POOL, 16, 16, POOL, 32, 32, POOL, 48, 48, 64, 64)
 
 _init = nn.initializers.he_uniform()
 

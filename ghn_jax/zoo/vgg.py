@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ghn_jax.zoo.adapt import is_small
 
-POOL = "pool"
-VGG11 = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
+Layer = int | Literal["pool"]
+POOL: Literal["pool"] = "pool"
+VGG11: tuple[Layer, ...] = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
 GRID = 7  # height and width of what the classifier sees
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -41,7 +44,7 @@ class VGG(nn.Module):
         two max-poolings over.
     """
 
-    layers: tuple[int | str, ...] = VGG11
+    layers: tuple[Layer, ...] = VGG11
     num_classes: int = 10
     image_size: int = 32
 
