@@ -13,7 +13,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def test_a_notebook_is_in_the_site_and_has_no_outputs(path):
     cells = json.loads(path.read_text())["cells"]
     assert not any(cell.get("outputs") for cell in cells), "clear the outputs before committing"
-    assert f"tutorials/{path.name}" in (ROOT / "mkdocs.yml").read_text()
+    assert f"notebooks/{path.name}" in (ROOT / "mkdocs.yml").read_text()
     assert "execute: true" in (ROOT / "mkdocs.yml").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Evaluation (paper § 5.1, C.1) and training of single networks."""
+"""Evaluation (paper § 5.1, C.1), training of single networks, and what prepares them for it."""
 
 from ghn_jax.evaluation.accuracy import (
     Accuracy,
@@ -9,13 +9,23 @@ from ghn_jax.evaluation.accuracy import (
     random_parameters,
     summary,
 )
+from ghn_jax.evaluation.batch_statistics import apply_on_batch, average_statistics
+from ghn_jax.evaluation.network_training import NetworkTraining
+from ghn_jax.evaluation.precision import to_bfloat16
+from ghn_jax.evaluation.reinitialise import add_noise, orthogonalise
 
 __all__ = [
     "Accuracy",
+    "NetworkTraining",
+    "add_noise",
+    "apply_on_batch",
+    "average_statistics",
     "evaluate_ghn",
     "evaluate_network",
     "named_architectures",
+    "orthogonalise",
     "predict_network",
     "random_parameters",
     "summary",
+    "to_bfloat16",
 ]

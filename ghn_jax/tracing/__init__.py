@@ -2,5 +2,8 @@
 
 from ghn_jax.tracing.model_graph import model_graph
 from ghn_jax.tracing.prediction import predict_model
+from ghn_jax.tracing.report import ParameterReport, PredictionReport
 
-__all__ = ["model_graph", "predict_model"]
+predict = predict_model  # its name in version 0.1, for one release
+
+__all__ = ["ParameterReport", "PredictionReport", "model_graph", "predict", "predict_model"]
