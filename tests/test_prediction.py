@@ -325,7 +325,7 @@ def test_inputs_that_are_no_images_are_told(ghn):
             return nn.Dense(10)(nn.relu(nn.Dense(8)(x)))
 
     _, report = ghn_jax.predict_model(*ghn, Dense(), sample, strict=True)
-    assert any("(2, 12) is no batch of images" in note for note in report.notes)
+    assert any("(2, 12) is not a batch of images" in note for note in report.notes)
 
 
 def test_predictions_are_differentiable(ghn):

@@ -60,7 +60,7 @@ def evaluation_set(split: str, *, image_size: int = 32) -> tuple[Architecture | 
 
     Args:
       split: 'val', 'test', 'wide', 'deep', 'dense', 'bnfree' or 'predefined'; the last holds
-        'resnet50', which is no `Architecture`, and the 12-layer ViT.
+        'resnet50', which is not an `Architecture`, and the 12-layer ViT.
       image_size: height of the images in pixels; above 96, `wide` is twice, not four times, as wide
         as `test`.
 

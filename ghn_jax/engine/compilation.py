@@ -63,11 +63,7 @@ def program_options(device: jax.Device) -> dict[str, str | bool]:
 
 
 def single_run_options() -> dict[str, str | bool]:
-    """Options for a program that runs once, on CPUs: the least time to compile it.
-
-    The gradient of a network by its Flax module (7 cells, 32 channels, two cores): compiled in
-    16.8 s by default, 5.3 s with these, and run in 1.1 and 1.0 s.
-    """
+    """Options for a program that runs once, on CPUs: the least time to compile it."""
     options = program_options(jax.local_devices()[0])
     return options and {**options, "xla_backend_optimization_level": "0"}
 

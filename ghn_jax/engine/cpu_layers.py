@@ -50,14 +50,13 @@ def _by_frequencies(x, w, strides) -> bool:
 
 def _gradients_by_frequencies(x, w, strides) -> bool:
     """Whether a convolution's gradients are faster by `fourier`."""
-    # XLA's kernel gradient is slow from 32 features on: 64 32x32 images, 3x3, from 16 to 16
-    # channels 10 ms, to 32 69 ms.
+    # XLA's kernel gradient is slow from 32 features on.
     return _has_frequencies(x, w, strides) and w.shape[-1] >= 32
 
 
 def _convolve(x, w, *options):
     if x.shape[-1] == 3 and w.shape[-1] == 32:
-        # Three times as fast on CPUs with four channels (64 32x32 images: 15 ms, then 5).
+        # Three times as fast on CPUs with four channels.
         x, w = jnp.pad(x, ((0, 0),) * 3 + ((0, 1),)), jnp.pad(w, ((0, 0),) * 2 + ((0, 1), (0, 0)))
     return _lax_conv(x, w, *options)
 

@@ -18,8 +18,7 @@ def keep_memory() -> None:
     """Lets the C library keep freed memory; does nothing where it is not glibc.
 
     An update on a CPU frees and asks for the same gigabytes again for every architecture; by
-    default each of their pages is a fault. Measured on two cores over nine updates (meta-batch 8,
-    batch 64, 32x32 images): system time 37 -> 4 s of 190, updates 15-20% faster.
+    default each of their pages is a fault.
     """
     mallopt = _c_function("mallopt")
     if mallopt is not None:

@@ -82,7 +82,7 @@ def predict_model(
     notes = list(reading.notes)
     if len(sample.shape) != 4:
         notes.append(
-            f"the input {tuple(sample.shape)} is no batch of images (B, H, W, C), which "
+            f"the input {tuple(sample.shape)} is not a batch of images (B, H, W, C), which "
             "hypernetworks are trained for"
         )
     graph, why = _head(reading.graph, ghn.num_classes, keep_head)
