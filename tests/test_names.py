@@ -87,6 +87,12 @@ def test_packages_import_no_package_above_them():
                 assert order.index(imported) <= order.index(package), path
 
 
+def test_files_that_the_docs_name_are_there():
+    for page in (*ROOT.glob("docs/*.md"), ROOT / "README.md"):
+        for name in re.findall(r"`([a-z_0-9]+/[a-z_0-9]+\.py)`", page.read_text()):
+            assert (ROOT / "ghn_jax" / name).exists() or (ROOT / name).exists(), (page, name)
+
+
 def test_requirements_are_those_of_all_extras():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     listed = {re.sub(r"\s*#.*", "", line) for line in lines} - {""}

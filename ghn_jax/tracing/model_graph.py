@@ -123,8 +123,8 @@ def _trace_linen_once(model: _Identity, sample, virtual_edges, seed, call, setti
 def trace_once(model, sample, virtual_edges: int, *, initial, seed, call) -> TracedModel:
     """`trace`, or what it gave for the same Linen module before; not to be changed.
 
-    Tracing takes most of the time of a prediction. NNX modules may have changed since, and are traced
-    again.
+    Tracing takes most of the time of a prediction. NNX modules may have changed since, and are
+    traced again.
     """
     if isinstance(model, nn.Module) and initial is None:
         settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
