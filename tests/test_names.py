@@ -101,6 +101,29 @@ def test_requirements_are_those_of_all_extras():
     assert extras["all"] == ["ghn_jax[train,plot]"]
 
 
+WITHOUT_EXTRAS = """
+import sys
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top in {"matplotlib", "tensorflow_datasets", "array_record", "sklearn"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=top)
+sys.meta_path.insert(0, NotInstalled())
+from ghn_jax.cli import convert, deepnets1m, evaluate, predict, train
+sys.argv = ["ghn-deepnets1m", "stats", "--splits", "bnfree", "--num", "1", "--figures", "."]
+deepnets1m.run()
+"""
+
+
+def test_without_extras_all_is_imported_and_what_is_missing_is_named(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    message = "this needs matplotlib; install it with pip install 'ghn_jax[plot]'"
+    assert result.stderr.splitlines()[-1] == f"ghn-deepnets1m: {message}"
+
+
 # --- ghn-predict ----------------------------------------------------------------------------------
 
 
