@@ -1,5 +1,6 @@
 """Graphs traced from Flax modules: the design space's, the zoo's; and what is no model."""
 
+import inspect
 import itertools
 import time
 from collections import Counter
@@ -215,10 +216,14 @@ def test_a_model_of_another_library():
         model_graph(nn.Dense, IMAGES)
 
 
-def test_draw_is_exported():
-    from ghn_jax.plot.drawing import draw_graph
+def test_draw_is_exported(monkeypatch):
+    from ghn_jax.plot import drawing
 
-    assert ghn_jax.draw is draw_graph
+    signatures = [inspect.signature(f) for f in (ghn_jax.draw, drawing.draw_graph)]
+    assert signatures[0].parameters.keys() == signatures[1].parameters.keys()
+    monkeypatch.setattr(drawing, "draw_graph", lambda *args, **options: (args, options))
+    drawn = ghn_jax.draw("graph", "a.png", title="A", legend=False)
+    assert drawn == (("graph", "a.png"), {"title": "A", "legend": False})
     with pytest.raises(AttributeError, match="no attribute 'drawn'"):
         _ = ghn_jax.drawn
 
