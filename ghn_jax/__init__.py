@@ -4,7 +4,6 @@ ghn, variables = ghn_jax.load_ghn("runs/x")
 arch = ghn_jax.evaluation_set("test")[7]
 params = ghn.predict(variables, arch)
 logits = ghn_jax.build_network(arch).apply({"params": params}, images)
-
 model = ghn_jax.zoo.resnet50()  # or any other Flax model
 variables, report = ghn_jax.predict_model(ghn, variables, model, jnp.zeros((1, 32, 32, 3)))
 """
@@ -18,9 +17,8 @@ from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.deepnets1m.sampling import RULES, SPLITS, Rules, sample_architecture
 from ghn_jax.deepnets1m.wiring import DisconnectedError
 from ghn_jax.engine import Engine
-from ghn_jax.evaluation import NetworkTraining, add_noise, apply_on_batch, average_statistics
-from ghn_jax.evaluation.precision import to_bfloat16
-from ghn_jax.evaluation.reinitialise import orthogonalise
+from ghn_jax.evaluation import NetworkTraining, apply_on_batch, average_statistics, to_bfloat16
+from ghn_jax.evaluation.reinitialise import add_noise, orthogonalise
 from ghn_jax.hypernet import GHN, ghn1, load_ghn, mlp_baseline, pad_graphs, save_ghn
 from ghn_jax.interop import from_torch, load_torch_ghn, save_torch_ghn, to_torch
 from ghn_jax.plot import draw
