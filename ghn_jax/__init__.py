@@ -26,10 +26,9 @@ from ghn_jax.tracing import ParameterReport, PredictionReport, model_graph, pred
 from ghn_jax.training.meta_loss import meta_loss
 
 __all__ = ["DARTS", "GHN", "PDARTS", "PRIMITIVES", "RULES", "SPLITS", "VIT", "Architecture",
-           "DisconnectedError", "Engine", "Genotype", "Graph", "NetworkTraining", "ParameterReport",
-           "PredictionReport", "Rules", "add_noise", "apply_on_batch", "average_statistics",
-           "build_graph", "build_network", "count_flops", "count_parameters", "draw",
-           "evaluation_set", "from_torch", "ghn1", "load_ghn", "load_torch_ghn", "meta_loss",
-           "mlp_baseline", "model_graph", "orthogonalise", "pad_graphs", "predict", "predict_model",
-           "sample_architecture", "save_ghn", "save_torch_ghn", "to_bfloat16", "to_torch",
-           "zoo"]  # fmt: skip
+  "DisconnectedError", "Engine", "Genotype", "Graph", "NetworkTraining", "ParameterReport",
+  "PredictionReport", "Rules", "add_noise", "apply_on_batch", "average_statistics", "build_graph",
+  "build_network", "count_flops", "count_parameters", "draw", "evaluation_set", "from_torch",
+  "ghn1", "load_ghn", "load_torch_ghn", "meta_loss", "mlp_baseline", "model_graph",
+  "orthogonalise", "pad_graphs", "predict", "predict_model", "sample_architecture", "save_ghn",
+  "save_torch_ghn", "to_bfloat16", "to_torch", "zoo"]  # fmt: skip
