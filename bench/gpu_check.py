@@ -36,9 +36,9 @@ import optax
 import tyro
 
 from ghn_jax.data.images import load_images, prefetch, train_batches
-from ghn_jax.deepnets1m.operations import NormSum
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
+from ghn_jax.deepnets1m.units import NormSum
 from ghn_jax.engine.compilation import CompilationCounter, keep_programs
 from ghn_jax.engine.engine import Engine
 from ghn_jax.hypernet.checkpoint import Checkpoints

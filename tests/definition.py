@@ -5,7 +5,7 @@ import contextlib
 import jax
 import pytest
 
-from ghn_jax.deepnets1m.operations import Unit
+from ghn_jax.deepnets1m.units import Unit
 
 _COMPILED = {unit: jax.jit(unit.apply, static_argnums=0) for unit in Unit.__subclasses__()}
 

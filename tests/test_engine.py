@@ -19,9 +19,9 @@ from ghn_jax.deepnets1m.architecture import DARTS, OPERATIONS, VIT, Architecture
 from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph, build_graph
 from ghn_jax.deepnets1m.layers import concatenate
 from ghn_jax.deepnets1m.network import Network, build_network
-from ghn_jax.deepnets1m.operations import NormSum
 from ghn_jax.deepnets1m.sampling import RULES, SPLITS, sample_architecture
 from ghn_jax.deepnets1m.task import Task
+from ghn_jax.deepnets1m.units import NormSum
 from ghn_jax.deepnets1m.wiring import Wiring, wire
 from ghn_jax.engine.compilation import program_options
 from ghn_jax.engine.engine import Engine, tree_of, weights_of

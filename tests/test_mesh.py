@@ -21,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ghn_jax.cli import train
-from ghn_jax.deepnets1m.operations import NormSum
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
+from ghn_jax.deepnets1m.units import NormSum
 from ghn_jax.engine.engine import Engine
 from ghn_jax.hypernet.checkpoint import load_ghn
 from ghn_jax.training import launch, loop

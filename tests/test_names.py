@@ -16,8 +16,10 @@ import safetensors.numpy
 
 import ghn_jax
 from ghn_jax.cli import predict
+from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.interop.old_names import NAMES
+from ghn_jax.interop.torch_file import read_torch
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -70,6 +72,17 @@ def test_commands_say_what_is_wrong_in_a_line(script, monkeypatch):
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize("script", [*PROJECT["scripts"]])
+def test_help_has_examples_on_lines_of_their_own(script, capsys):
+    module = importlib.import_module(PROJECT["scripts"][script].partition(":")[0])
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    shown = {line.strip() for line in capsys.readouterr().out.splitlines()}
+    examples = re.findall(rf"^    ({script} .*)$", module.__doc__, re.M)
+    assert examples
+    assert {line.strip() for line in examples} <= shown
+
+
 def test_scripts_are_thin():
     for path in (*ROOT.glob("train/*.py"), *ROOT.glob("eval/*.py")):
         assert len(path.read_text().splitlines()) < 60
@@ -88,9 +101,14 @@ def test_packages_import_no_package_above_them():
 
 
 def test_files_that_the_docs_name_are_there():
-    for page in (*ROOT.glob("docs/*.md"), ROOT / "README.md"):
-        for name in re.findall(r"`([a-z_0-9]+/[a-z_0-9]+\.py)`", page.read_text()):
-            assert (ROOT / "ghn_jax" / name).exists() or (ROOT / name).exists(), (page, name)
+    named = [
+        name
+        for page in (*ROOT.glob("docs/*.md"), ROOT / "README.md")
+        for name in re.findall(r"`([a-z_0-9]+/[a-z_0-9]+\.py)`", page.read_text())
+    ]
+    assert len(named) > 40
+    for name in named:
+        assert (ROOT / "ghn_jax" / name).exists() or (ROOT / name).exists(), name
 
 
 def test_requirements_are_those_of_all_extras():
@@ -143,12 +161,14 @@ def test_predicting_a_network_of_a_split(ckpt, tmp_path, suffix):
     arch = ghn_jax.evaluation_set("test")[7]
     ghn, variables = ghn_jax.load_ghn(ckpt)
     expected = ghn_jax.to_torch(ghn.predict(variables, arch), arch)
-    if suffix == ".safetensors":
-        found = safetensors.numpy.load_file(out)
-        assert found.keys() == expected.keys()
-        for name, array in expected.items():
-            np.testing.assert_array_equal(found[name], array)
-    assert out.exists()
+    if suffix:
+        found = (read_torch if suffix == ".pt" else safetensors.numpy.load_file)(out)
+    else:
+        params = ghn.predict(variables, arch)
+        found = ghn_jax.to_torch(Checkpoints(out).load(params=params)[2]["params"], arch)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
     with pytest.raises(FileExistsError, match="exists already"):
         predict.main([str(o) for o in options])
 

@@ -11,15 +11,8 @@ import pytest
 from test_counts import flops_of
 
 from ghn_jax.deepnets1m.architecture import OPERATIONS
-from ghn_jax.deepnets1m.operations import (
-    EPSILON,
-    Classifier,
-    NormSum,
-    PatchEmbedding,
-    Piece,
-    piece_nodes,
-    pieces,
-)
+from ghn_jax.deepnets1m.operations import Piece, piece_nodes, pieces
+from ghn_jax.deepnets1m.units import EPSILON, Classifier, NormSum, PatchEmbedding
 
 CHANNELS = 16
 KINDS = {

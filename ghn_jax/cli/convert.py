@@ -16,14 +16,14 @@ from collections.abc import Sequence
 import tyro
 
 from ghn_jax.cli import command
-from ghn_jax.interop.convert import convert_ghn, convert_network
+from ghn_jax.interop import convert
 
 PROG = "ghn-convert"
 
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point."""
-    commands = {"ghn": convert_ghn, "network": convert_network}
+    commands = {"ghn": convert.convert_ghn, "network": convert.convert_network}
     tyro.extras.subcommand_cli_from_dict(commands, prog=PROG, args=arguments, description=__doc__)
 
 

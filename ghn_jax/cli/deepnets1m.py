@@ -1,9 +1,11 @@
 """DeepNets-1M on the command line.
 
-ghn-deepnets1m stats --splits test deep --num 100
-ghn-deepnets1m stats --splits test --nets deepnets1m_eval.hdf5
-ghn-deepnets1m export --kind train --num 1000 --out DIR
-ghn-deepnets1m unique --num 1000000
+    ghn-deepnets1m stats --splits test deep --num 100
+    ghn-deepnets1m stats --splits test --nets deepnets1m_eval.hdf5
+    ghn-deepnets1m export --kind train --num 1000 --out DIR
+    ghn-deepnets1m unique --num 1000000
+
+Each of them explains its options: `ghn-deepnets1m stats --help`.
 """
 
 from __future__ import annotations

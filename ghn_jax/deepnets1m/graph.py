@@ -11,8 +11,9 @@ import dataclasses
 import numpy as np
 
 from ghn_jax.deepnets1m.architecture import Architecture
-from ghn_jax.deepnets1m.operations import Node, classifier_piece, operation_pieces, piece_nodes
+from ghn_jax.deepnets1m.operations import classifier_piece, operation_pieces, piece_nodes
 from ghn_jax.deepnets1m.task import Task
+from ghn_jax.deepnets1m.units import Node
 from ghn_jax.deepnets1m.wiring import IMAGE, Wiring, wire
 
 # The 15 primitives of Table 1; a primitive's id is its position (the authors' order).

@@ -13,8 +13,9 @@ import jax
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.layers import concatenate
 from ghn_jax.deepnets1m.names import parameter_path
-from ghn_jax.deepnets1m.operations import Arrays, Classifier, NormSum, Parameter, network_pieces
+from ghn_jax.deepnets1m.operations import network_pieces
 from ghn_jax.deepnets1m.task import Task
+from ghn_jax.deepnets1m.units import Arrays, Classifier, NormSum, Parameter
 from ghn_jax.deepnets1m.wiring import IMAGE, Wiring, wire
 
 _INITIALISERS = {

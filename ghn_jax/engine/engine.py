@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from ghn_jax.deepnets1m import layers
 from ghn_jax.deepnets1m.layers import concatenate
 from ghn_jax.deepnets1m.names import insert, parameter_path
-from ghn_jax.deepnets1m.operations import Arrays, Classifier, NormSum, Unit
+from ghn_jax.deepnets1m.units import Arrays, Classifier, NormSum, Unit
 from ghn_jax.engine import cpu_layers
 from ghn_jax.engine.compilation import program_options
 from ghn_jax.engine.plan import IMAGES, Plan, Step

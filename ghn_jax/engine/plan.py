@@ -1,7 +1,7 @@
 """A network as the list of steps that the engine takes: its operations' units over values.
 
 Every array that a network computes is a *value*, written by one step. States of the wiring become
-values where batch norm and sums are done (`operations.NormSum`); what is the identity is no step.
+values where batch norm and sums are done (`units.NormSum`); what is the identity is no step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-from ghn_jax.deepnets1m.operations import Classifier, Identity, NormSum, Piece, Unit, network_pieces
+from ghn_jax.deepnets1m.operations import Piece, network_pieces
+from ghn_jax.deepnets1m.units import Classifier, Identity, NormSum, Unit
 from ghn_jax.deepnets1m.wiring import IMAGE, StateInfo, Wiring
 
 Value = int

@@ -22,8 +22,8 @@ import numpy as np
 import optax
 
 from ghn_jax.deepnets1m.architecture import Architecture
-from ghn_jax.deepnets1m.operations import Arrays, NormSum
 from ghn_jax.deepnets1m.task import Task
+from ghn_jax.deepnets1m.units import Arrays, NormSum
 from ghn_jax.deepnets1m.wiring import wire
 from ghn_jax.engine.engine import Engine, Trace, tree_of, weights_of
 from ghn_jax.engine.plan import make_plan

@@ -1,8 +1,4 @@
-"""Converts hypernetworks and predicted networks between JAX's and PyTorch's files.
-
-What a path is, its name tells: `.pt` and `.safetensors` are PyTorch's names and layouts, anything
-else is a folder of Orbax's. Nothing that exists is overwritten.
-"""
+"""Converts hypernetworks and predicted networks between JAX's and PyTorch's files."""
 
 from __future__ import annotations
 

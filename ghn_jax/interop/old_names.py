@@ -54,8 +54,8 @@ _MOVED = {
     "drawing": "plot",
     "figure": "plot",
     "layout": "plot",
-    "convert": "cli",
-    "parity": "cli",
+    "convert": "interop",
+    "parity": "interop",
 }
 _RENAMED = {
     "cpu_kernels": "engine.cpu_layers",
@@ -70,6 +70,13 @@ _RENAMED = {
 NAMES = {
     **{f"ghn_jax.{name}": f"ghn_jax.{package}.{name}" for name, package in _MOVED.items()},
     **{f"ghn_jax.{old}": f"ghn_jax.{new}" for old, new in _RENAMED.items()},
+}
+
+
+# What `python -m` runs under an old name, where that is not the module itself.
+_COMMANDS = {
+    "ghn_jax.convert": "ghn_jax.cli.convert",
+    "ghn_jax.parity": "ghn_jax.cli.parity",
 }
 
 
@@ -89,7 +96,8 @@ class _Loader(importlib.abc.InspectLoader):
 
     def get_code(self, fullname):
         """For `python -m`."""
-        return importlib.util.find_spec(NAMES[fullname]).loader.get_code(NAMES[fullname])
+        name = _COMMANDS.get(fullname, NAMES[fullname])
+        return importlib.util.find_spec(name).loader.get_code(name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

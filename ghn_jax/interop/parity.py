@@ -1,4 +1,4 @@
-"""Checks this package against outputs of the authors' implementation.
+"""What outputs of the authors' implementation are compared with ours, and how.
 
 A folder holds `index.json` with the `.npz` files that it lists (graphs, embeddings, parameters,
 logits of networks), `random_{ghn}_cifar10.pt` checkpoints, `images.npy`, `gradient_{ghn}.npz` with

@@ -19,7 +19,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ghn_jax.deepnets1m.graph import Graph
-from ghn_jax.deepnets1m.operations import Arrays, Classifier, Unit
+from ghn_jax.deepnets1m.units import Arrays, Classifier, Unit
 from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Program
 from ghn_jax.hypernet.decoder import Decoder

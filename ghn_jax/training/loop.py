@@ -105,7 +105,6 @@ class Run(NamedTuple):
       total: updates to make in all.
       position: of the stream of architectures.
       stream: of meta-batches.
-      images: to train on.
       checkpoints: of its folder.
     """
 
@@ -116,7 +115,6 @@ class Run(NamedTuple):
     total: int
     position: int
     stream: Stream
-    images: Images
     checkpoints: Checkpoints
 
 
@@ -156,9 +154,7 @@ def setup(config: TrainConfig, images: Images) -> Run:
         max_nodes=config.space.max_nodes,
     )
     total = config.data.steps or config.data.epochs * per_epoch
-    return Run(
-        config, step, state, int(state.step), total, position, stream, images, checkpoints
-    )  # fmt: skip
+    return Run(config, step, state, int(state.step), total, position, stream, checkpoints)
 
 
 class Log:

@@ -31,6 +31,7 @@ class MetaBatch(NamedTuple):
     Attributes:
       members: places in the meta-batch of the architectures that this process runs, ascending.
       plans: their steps.
+      costs: of running them; see `cost`.
       graph: their graphs, padded to one.
       chunks: the nodes of that graph that have parameters.
       nodes: number of nodes of all graphs, of all processes.
@@ -40,6 +41,7 @@ class MetaBatch(NamedTuple):
 
     members: tuple[int, ...]
     plans: tuple[Plan, ...]
+    costs: tuple[float, ...]
     graph: jraph.GraphsTuple
     chunks: tuple[Chunk, ...]
     nodes: int
@@ -121,7 +123,8 @@ def make_meta_batch(
         )
     task = Task(ghn.num_classes, image_size)
     plans = [make_plan(wire(arch, task)) for arch in architectures]
-    members = divide([cost(plan) for plan in plans], shares)[index]
+    costs = [cost(plan) for plan in plans]
+    members = divide(costs, shares)[index]
     graphs = {i: ghn.graph(architectures[i], image_size=image_size) for i in members}
     # Of architectures that other processes run, only the number of nodes matters here.
     nodes = sum(
@@ -129,8 +132,8 @@ def make_meta_batch(
     )
     local = [graphs[i] for i in members]
     return MetaBatch(
-        tuple(members), tuple(plans[i] for i in members), _join(local, graph_nodes),
-        make_chunks(local), nodes, tuple(architectures), position,
+        tuple(members), tuple(plans[i] for i in members), tuple(costs[i] for i in members),
+        _join(local, graph_nodes), make_chunks(local), nodes, tuple(architectures), position,
     )  # fmt: skip
 
 

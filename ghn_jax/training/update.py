@@ -23,13 +23,13 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ghn_jax.deepnets1m.operations import Arrays
+from ghn_jax.deepnets1m.units import Arrays
 from ghn_jax.engine.engine import Engine, Prepared
 from ghn_jax.engine.programs import Program
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.training.decoding import TilePrograms, Tiles
 from ghn_jax.training.mesh import ARCH, make_mesh
-from ghn_jax.training.meta_batch import MetaBatch, cost
+from ghn_jax.training.meta_batch import MetaBatch
 from ghn_jax.training.meta_loss import cross_entropy
 
 
@@ -251,7 +251,7 @@ class MetaStep:
             return self._run(update.networks[i], update.loss, own, images, labels, seed, weight)
 
         # Long ones first, so that nobody waits for them at the end.
-        order = sorted(range(len(batch.members)), key=lambda i: -cost(batch.plans[i]))
+        order = sorted(range(len(batch.members)), key=lambda i: -batch.costs[i])
         ran = dict(zip(order, self._share(lambda k: run(order[k]), len(order)), strict=True))
         results = [ran[i] for i in range(len(order))]
         dtiles = [gradient for _, gradient in results]
