@@ -60,6 +60,7 @@ def test_commands_say_what_is_wrong_in_a_line(script, monkeypatch):
     arguments = {
         "ghn-train": ["--resume", "--out", "/nowhere"],
         "ghn-eval": ["--ckpt", "/nowhere"],
+        "ghn-paper": ["table-of-contents"],
         "ghn-predict": ["--ckpt", "/nowhere", "--out", "x.pt"],
         "ghn-convert": ["ghn", "/nowhere", "/x.pt"],
         "ghn-deepnets1m": ["stats", "--num", "0"],

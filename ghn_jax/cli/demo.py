@@ -23,7 +23,8 @@ from ghn_jax.data.images import load_images
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.engine.compilation import keep_programs
 from ghn_jax.engine.memory import keep_memory
-from ghn_jax.evaluation.accuracy import evaluate_ghn, named_architectures, summary
+from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
+from ghn_jax.evaluation.networks import named_architectures
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.plot.charts import accuracy_bars, training_curve
 from ghn_jax.plot.drawing import draw_graph

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from ghn_jax.cli import command
 from ghn_jax.data.images import load_images
-from ghn_jax.deepnets1m import DeepNets1M
-from ghn_jax.deepnets1m.evaluation_sets import EVALUATION_SIZES, evaluation_set
-from ghn_jax.deepnets1m.sampling import SPLITS, sample_architecture
+from ghn_jax.deepnets1m.evaluation_sets import EVALUATION_SIZES
+from ghn_jax.deepnets1m.sampling import SPLITS
 from ghn_jax.engine.compilation import keep_programs
 from ghn_jax.engine.memory import keep_memory
-from ghn_jax.evaluation.accuracy import evaluate_ghn, named_architectures, summary
+from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
+from ghn_jax.evaluation.networks import by_name, of_split
 from ghn_jax.hypernet.checkpoint import load_ghn
 
 PROG = "ghn-eval"
@@ -52,20 +52,14 @@ class EvalConfig:
 def architectures(config: EvalConfig, image_size: int):
     """Names and architectures of the split."""
     if config.split == "named":
-        return list(named_architectures(config.width or 32).items())[: config.num]
+        return by_name(["DARTS", "PDARTS", "ViT"], config.width)[: config.num]
+    found = of_split(
+        config.split, 0, config.num,
+        image_size=image_size, width=config.width, nets=config.nets, seed=config.seed,
+    )  # fmt: skip
     if config.split == "predefined":
-        found = evaluation_set("predefined", image_size=image_size)[: config.num]
-        return list(zip(("ResNet-50", "ViT"), found, strict=False))
-    if config.nets is not None:
-        nets = DeepNets1M.open(config.nets, config.split, image_size=image_size)
-        found = [nets[i] for i in range(min(config.num, len(nets)))]
-    elif config.seed is None:
-        found = evaluation_set(config.split, image_size=image_size)[: config.num]
-    else:
-        found = [sample_architecture(config.split, config.seed, i) for i in range(config.num)]
-    if config.width is not None:
-        found = [arch.replace(C=config.width) for arch in found]
-    return [(f"{config.split}[{i}]", arch) for i, arch in enumerate(found)]
+        return list(zip(("ResNet-50", "ViT"), (network for _, network in found), strict=False))
+    return found
 
 
 def check(config: EvalConfig) -> None:

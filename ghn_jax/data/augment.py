@@ -50,6 +50,24 @@ def crop_and_flip(
     return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def cut_out(images: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Sets a square of each image to 0, the mean (cutout, DeVries & Taylor 2017; paper C.2.3).
+
+    Args:
+      images: (B, S, S, 3) normalised.
+      size: height and width of the square in pixels; what is beyond the border is lost.
+      rng: source of the squares' centres.
+
+    Returns:
+      (B, S, S, 3), a new array.
+    """
+    count, height = images.shape[:2]
+    centres = rng.integers(0, height, size=(2, count, 1))
+    along = np.arange(height)
+    rows, columns = ((along >= c - size // 2) & (along < c + size // 2) for c in centres)
+    return np.where((rows[:, :, None] & columns[:, None])[..., None], np.float32(0), images)
+
+
 def decode(data: bytes) -> Image.Image:
     """The RGB image in an encoded (JPEG or PNG) one; gray and CMYK images are converted."""
     return Image.open(io.BytesIO(data)).convert("RGB")

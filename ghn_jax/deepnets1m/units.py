@@ -401,12 +401,14 @@ class NormSum(Unit):
       channels: of the state.
       normed_terms: how many of its inputs, the first ones, are normalised; the others are added.
       running: whether with given statistics, in place of the batch's (as in PyTorch's `eval`).
+      dropped: how many terms are scaled image by image, for drop path; none, or all.
     """
 
     normed: ClassVar[bool] = False
     channels: int
     normed_terms: int
     running: bool = False
+    dropped: int = 0
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -420,20 +422,31 @@ class NormSum(Unit):
         count = 2 * self.normed_terms
         return self._sum(params[:count], inputs, params[count:])
 
-    def with_statistics(self, params: Arrays, inputs: tuple) -> tuple[jax.Array, Arrays]:
-        """The state, and the (2, C) mean and variance of each normalised input, in float32."""
-        statistics = tuple(map(batch_statistics, inputs[: self.normed_terms]))
-        return self._sum(params, inputs, statistics), statistics
+    def with_statistics(
+        self, params: Arrays, inputs: tuple, scales: jax.Array | None = None
+    ) -> tuple[jax.Array, Arrays]:
+        """The state, and the (2, C) mean and variance of each normalised input, in float32.
 
-    def _sum(self, params, inputs, statistics) -> jax.Array:
+        Args:
+          params, inputs: see `Unit`.
+          scales: (terms, B) factors of each term, where they are `dropped`.
+        """
+        statistics = tuple(map(batch_statistics, inputs[: self.normed_terms]))
+        return self._sum(params, inputs, statistics, scales), statistics
+
+    def _sum(self, params, inputs, statistics, scales=None) -> jax.Array:
         n = self.normed_terms
-        total = sum(inputs[n:])
-        for x, (mean, variance), scale, shift in zip(
-            inputs[:n], statistics, params[::2], params[1::2], strict=True
-        ):
-            factor = scale * lax.rsqrt(variance + EPSILON)
-            total = ((x - mean) * factor + shift).astype(x.dtype) + total
-        return total
+        terms = [
+            ((x - mean) * (scale * lax.rsqrt(variance + EPSILON)) + shift).astype(x.dtype)
+            for x, (mean, variance), scale, shift in zip(
+                inputs[:n], statistics, params[::2], params[1::2], strict=True
+            )
+        ]
+        terms += inputs[n:]
+        if scales is not None:
+            scales = scales[:, :, None, None, None].astype(terms[0].dtype)
+            terms = [x * scale for x, scale in zip(terms, scales, strict=True)]
+        return sum(terms[::-1])
 
     def gradient(self, params: Arrays, inputs: tuple, statistics: Arrays, g: jax.Array):
         """Cotangents of the parameters and of the normalised inputs, for one of the state.

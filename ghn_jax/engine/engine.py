@@ -81,11 +81,13 @@ class Trace(NamedTuple):
       values: those kept, by number.
       statistics: step -> the batch's statistics of its norms.
       seed: of the classifier's dropout.
+      drop: step -> factors of its terms, under drop path.
     """
 
     values: dict[int, jax.Array]
     statistics: dict[int, Arrays]
     seed: Any
+    drop: Mapping[int, Any]
 
 
 class Engine:
@@ -226,6 +228,8 @@ class Engine:
     def _norm_programs(self, step, form, params, inputs, gradient) -> _StepPrograms:
         unit, key = step.unit, (step.unit, form)
         n = unit.normed_terms
+        if unit.dropped:
+            return self._dropped_programs(step, form, params, inputs, gradient)
 
         def NormSum_forward(params, inputs):
             if unit.running:
@@ -248,6 +252,29 @@ class Engine:
                 (self.whole, self.split), donate=(1,),
             )
             if gradient and n and not unit.running
+            else None,
+        )  # fmt: skip
+
+    def _dropped_programs(self, step, form, params, inputs, gradient) -> _StepPrograms:
+        unit, key = step.unit, (step.unit, form)
+        scales = ((unit.dropped, inputs[0][0][0]), jnp.dtype(jnp.float32), self.whole)
+
+        def Dropped_forward(params, inputs, scales):
+            return unit.with_statistics(form.tensors(unit, params), inputs, scales)
+
+        def Dropped_backward(params, inputs, scales, g):
+            return jax.vjp(lambda p, x: Dropped_forward(p, x, scales)[0], params, inputs)[1](g)
+
+        return _StepPrograms(
+            self.program(
+                ("forward", *key), Dropped_forward, (params, inputs, scales),
+                (self.split, self.whole),
+            ),
+            self.program(
+                ("backward", *key), Dropped_backward, (params, inputs, scales, inputs[0]),
+                (self.whole, self.split),
+            )
+            if gradient
             else None,
         )  # fmt: skip
 
@@ -297,6 +324,7 @@ class Engine:
         keep: bool | frozenset[int] = False,
         seed=None,
         statistics: Mapping[str, jax.Array] | None = None,
+        drop: Mapping[int, Any] | None = None,
     ) -> tuple[jax.Array, Trace]:
         """Runs a network.
 
@@ -307,6 +335,7 @@ class Engine:
           keep: keep what `backward` reads; or the values to keep.
           seed: three int32 scalars that the dropout's random numbers follow from, if it has any.
           statistics: name of a batch norm -> (2, C) mean and variance, for a plan with given ones.
+          drop: step -> (terms, B) float32 factors, for each of a plan's `droppable` steps.
 
         Returns:
           (B, classes) float32 logits, and the trace.
@@ -320,7 +349,8 @@ class Engine:
             if isinstance(step.unit, NormSum):
                 if step.unit.running:
                     weights += tuple([statistics[name] for name in step.names])
-                values[step.output], found[i] = programs.forward(weights, inputs)
+                scales = (drop[i],) if drop and step.unit.dropped else ()
+                values[step.output], found[i] = programs.forward(weights, inputs, *scales)
             elif isinstance(step.unit, Classifier):
                 values[step.output] = programs.forward(weights, inputs, seed)
             else:
@@ -329,7 +359,7 @@ class Engine:
                 for v in step.inputs:
                     if v is not None and plan.last_reader[v] == i and v not in (keep or ()):
                         values.pop(v, None)
-        return values.pop(plan.steps[-1].output), Trace(values, found, seed)
+        return values.pop(plan.steps[-1].output), Trace(values, found, seed, drop or {})
 
     def features(
         self, network: Prepared, params: Weights, images: jax.Array, cells: Sequence[int], **options
@@ -357,7 +387,12 @@ class Engine:
         ]
 
     def backward(
-        self, network: Prepared, params: Weights, trace: Trace, dlogits: jax.Array
+        self,
+        network: Prepared,
+        params: Weights,
+        trace: Trace,
+        dlogits: jax.Array,
+        dvalues: Mapping[int, jax.Array] | None = None,
     ) -> dict[str, Arrays]:
         """The cotangents of a network's parameters.
 
@@ -365,6 +400,7 @@ class Engine:
           network, params: as in the forward walk.
           trace: of that walk; it is used up.
           dlogits: (B, classes) cotangent of the logits.
+          dvalues: further cotangents, of values that a loss reads besides the logits.
         """
         plan, values = network.plan, trace.values
         cotangents: dict[int, list] = {plan.steps[-1].output: [dlogits]}
@@ -375,10 +411,15 @@ class Engine:
             g, *more = cotangents.pop(step.output)
             if more:
                 g = network.sums[step.output](g, *more)
+            if dvalues and step.output in dvalues:
+                g = g + dvalues[step.output]
             weights = _flat(params, step.names)
             inputs = tuple([None if v is None else values[v] for v in step.inputs])
             values.pop(step.output, None)
-            if isinstance(unit, NormSum):
+            if isinstance(unit, NormSum) and unit.dropped:
+                assert program is not None
+                dweights, dinputs = program(weights, inputs, trace.drop[i], g)
+            elif isinstance(unit, NormSum):
                 n = unit.normed_terms
                 dweights, dinputs = (), ()
                 if n:

@@ -10,7 +10,7 @@ import concurrent.futures
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -20,8 +20,7 @@ import numpy as np
 
 from ghn_jax import zoo
 from ghn_jax.data.images import Images, eval_batches
-from ghn_jax.deepnets1m.architecture import DARTS, PDARTS, VIT, Architecture
-from ghn_jax.deepnets1m.evaluation_sets import RESNET50
+from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.network import Network, build_network
 from ghn_jax.engine.engine import Engine, weights_of
 from ghn_jax.engine.plan import make_plan
@@ -40,7 +39,7 @@ class Accuracy(NamedTuple):
 
 
 @jax.jit
-def _count_correct(logits, labels, counted) -> jax.Array:
+def count_correct(logits, labels, counted) -> jax.Array:
     """(2,) how often the right class is the first, and among the first five."""
     # The right class's rank; a class that ties with it counts as ahead of it.
     target = jnp.take_along_axis(logits, labels[:, None], axis=1)
@@ -51,7 +50,7 @@ def _count_correct(logits, labels, counted) -> jax.Array:
     return right.sum(1)
 
 
-def _full_batches(images: Images, size: int):
+def full_batches(images: Images, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Batches of one size, (images, labels, counted): how many of the first count.
 
     A last, smaller batch would be a program of its own. It is repeated up to full size where that
@@ -107,13 +106,13 @@ def evaluate_network(
 
     def count(run, batch):
         x, labels, counted = batch
-        return _count_correct(run(x), labels, counted)
+        return count_correct(run(x), labels, counted)
 
     accuracies = []
     for params in candidates:
         start = time.perf_counter()
         run = with_params(jax.device_put(params))
-        batches = _full_batches(images, batch_size)
+        batches = full_batches(images, batch_size)
         counts = [count(run, next(batches))]  # compiled before threads need it
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
             while some := list(itertools.islice(batches, at_once)):
@@ -145,28 +144,15 @@ def random_parameters(network: nn.Module, image_size: int, seed: int):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def named_architectures(width: int, n_cells: int = 8) -> dict[str, Architecture]:
-    """The paper's named networks of the design space, at a small width."""
-    darts = functools.partial(Architecture, C=width, n_cells=n_cells, fc_layers=1)
-    return {
-        "DARTS": darts(DARTS),
-        "PDARTS": darts(PDARTS),
-        "ViT": Architecture(
-            VIT, n_cells=n_cells, C=width, C_mult=1, preproc=False, stem_type=0, fc_layers=1
-        ),
-    }
-
-
 def predict_network(
     ghn: GHN, variables, arch: Architecture | str, image_size: int
 ) -> tuple[nn.Module, dict]:
-    """The Flax module of an architecture, or of 'resnet50', and its predicted parameters."""
-    if arch == RESNET50:
-        network = zoo.resnet50(ghn.num_classes, image_size)
+    """The Flax module of an architecture or a model of the zoo, and its predicted parameters."""
+    if isinstance(arch, str):
+        network = zoo.MODELS[arch](ghn.num_classes, image_size)
         sample = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
         predicted, _ = predict_model(ghn, variables, network, sample, strict=True)
         return network, predicted["params"]
-    assert isinstance(arch, Architecture)
     params = ghn.predict(variables, arch, image_size=image_size)
     return build_network(arch, ghn.num_classes, image_size), params
 

@@ -1,0 +1,68 @@
+r"""The paper's experiments: `ghn-paper NAME [--quick] [options]`.
+
+    ghn-paper trained-networks --quick                  # minutes, on digits
+    ghn-paper trained-networks --dataset cifar10 --data-dir DIR --split test --out runs/sgd
+    ghn-paper few-shot --help                           # what one experiment does, and its options
+
+Without --quick the options are the paper's, which may take days. Each experiment writes its results
+into a folder as it goes; the same command again computes what is missing there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from ghn_jax.cli import command
+from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.engine.memory import keep_memory
+
+PROG = "ghn-paper"
+
+# Name of an experiment -> what it is; its file is named after it.
+EXPERIMENTS = {
+    "trained-networks": "networks trained by SGD or Adam (Tables 3 and 4, lower halves)",
+    "few-shot": "fine-tuning on 100 images of each class (Table 6, left)",
+}
+
+
+def usage() -> str:
+    """What `ghn-paper --help` says."""
+    width = max(map(len, EXPERIMENTS))
+    listed = "\n".join(f"  {name:<{width}}  {what}" for name, what in EXPERIMENTS.items())
+    return f"usage: {PROG} NAME [--quick] [options]\n\n{__doc__}\nExperiments:\n{listed}\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Entry point."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        sys.exit(0)
+    name, *rest = arguments
+    if name not in EXPERIMENTS:
+        raise ValueError(f"there is no experiment {name!r}; allowed: {', '.join(EXPERIMENTS)}")
+    module = importlib.import_module(f"ghn_jax.evaluation.experiments.{name.replace('-', '_')}")
+    quick = "--quick" in rest
+    default = module.quick() if quick else module.Config()
+    config = tyro.cli(
+        type(default),
+        prog=f"{PROG} {name}",
+        description=f"{module.__doc__}\n--quick: small settings on digits, minutes on two cores.",
+        default=default,
+        args=[argument for argument in rest if argument != "--quick"],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path("~/.cache/ghn_jax")))
+    keep_memory()
+    module.run(config)
+
+
+run = command(PROG, main)
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,132 @@
+"""What an experiment found so far: a folder of JSON Lines, one record for each network.
+
+    records = Records.open("runs/sgd", settings)
+    for name in todo:
+        if name not in records:
+            records.add({"name": name, ...})
+
+A record that is written stays: a run that is repeated computes what is missing. Processes that
+share a folder write files of their own, `records-<unit>.jsonl`; all of them are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_SETTINGS = "settings.json"
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Replaces a file at once: whatever happens, the old text is there or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _complete(path: Path) -> list[dict]:
+    """The records of a file; a last line that was cut off is not one."""
+    records = []
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline behind it: the process ended while it wrote
+                continue
+            raise ValueError(f"{path}, line {number}, is damaged ({error}); remove the line, and "
+                             "its network is computed again") from error  # fmt: skip
+        if not isinstance(record, dict) or "name" not in record:
+            raise ValueError(f"{path}, line {number}, is no record: it has no 'name'")
+        records.append(record)
+    return records
+
+
+class Records(Mapping[str, dict]):
+    """Records by name; see the module's docstring.
+
+    Args:
+      path: the file that new ones go to.
+      found: those of all files.
+    """
+
+    def __init__(self, path: Path, found: dict[str, dict]):
+        self.path, self._found = path, found
+
+    @classmethod
+    def open(cls, folder: str | Path, settings: Mapping[str, Any], unit: str = "") -> Records:
+        """Opens a folder, or makes it.
+
+        Args:
+          folder: of the experiment's results.
+          settings: JSON-ready; what its records depend on. Kept in `settings.json`.
+          unit: of a process that shares the folder with others.
+
+        Raises:
+          ValueError: the folder has records of other settings, or a damaged one.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = json.loads(json.dumps(settings))
+        path = folder / _SETTINGS
+        if path.exists():
+            before = json.loads(path.read_text())
+            other = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
+            if other:
+                changes = ", ".join(f"{k} {before.get(k)!r} (now {settings.get(k)!r})"
+                                    for k in other)  # fmt: skip
+                raise ValueError(f"{folder} has records with {changes}; give the same options, or "
+                                 "another folder")  # fmt: skip
+        else:
+            write_beside(path, json.dumps(settings, indent=1) + "\n")
+        path = folder / (f"records-{unit}.jsonl" if unit else "records.jsonl")
+        if path.exists():  # a last line that was cut off would spoil the next one
+            text = path.read_text()
+            if text and not text.endswith("\n"):
+                write_beside(path, text[: text.rfind("\n") + 1])
+        return cls(path, read_records(folder))
+
+    def add(self, record: dict) -> None:
+        """Writes a record, at once and to the disk."""
+        line = json.dumps(record) + "\n"
+        with self.path.open("a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._found[record["name"]] = record
+
+    def __getitem__(self, name: str) -> dict:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def read_records(folder: str | Path) -> dict[str, dict]:
+    """The records of a folder by name, in the order of the files.
+
+    Raises:
+      ValueError: a line is damaged.
+    """
+    files = sorted(Path(folder).glob("records*.jsonl"))
+    return {record["name"]: record for path in files for record in _complete(path)}
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """What the records of a folder depend on.
+
+    Raises:
+      FileNotFoundError: it is no folder of an experiment.
+    """
+    path = Path(folder) / _SETTINGS
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} has no {_SETTINGS}: it is no folder of an experiment")
+    return json.loads(path.read_text())

@@ -1,0 +1,71 @@
+"""The state of a network's training, kept between epochs in one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+_RECORD = "record"
+
+
+class SavedState:
+    """A tree of arrays and a record, in one file that is always whole.
+
+    Args:
+      path: of the file, without its ending.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).with_name(Path(path).name + ".npz")
+
+    def save(self, state: Any, record: dict) -> None:
+        """Writes both; the file before stays as it is until they are written."""
+        leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
+        leaves[_RECORD] = np.frombuffer(json.dumps(record).encode(), np.uint8)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with beside.open("wb") as file:
+            np.savez(file, allow_pickle=False, **leaves)
+        beside.replace(self.path)
+
+    def load(self, like: Any) -> tuple[Any, dict] | None:
+        """The state and the record, if there are any.
+
+        Args:
+          like: a state of the same structure and shapes.
+
+        Raises:
+          ValueError: the file is damaged, or of another network.
+        """
+        if not self.path.exists():
+            return None
+        leaves, tree = jax.tree.flatten(like)
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                found = [file[str(i)] for i in range(len(leaves))]
+                record = json.loads(bytes(file[_RECORD]))
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{self.path} is damaged ({error}); remove it, and its network "
+                             "is trained from the start") from error  # fmt: skip
+        for have, want in zip(found, leaves, strict=True):
+            if have.shape != np.shape(want):
+                raise ValueError(
+                    f"{self.path} is of another network: it has an array of {have.shape} in place "
+                    f"of {np.shape(want)}; remove it"
+                )
+        # Each leaf is what it was: numbers stay numbers, arrays go where arrays were.
+        placed = [
+            jax.device_put(have, want.sharding) if isinstance(want, jax.Array) else type(want)(have)
+            for have, want in zip(found, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(tree, placed), record
+
+    def remove(self) -> None:
+        """Gives the file up: its network is trained."""
+        self.path.unlink(missing_ok=True)
