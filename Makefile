@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-mesh docs gpu-check lint clean
+.PHONY: demo test test-mesh test-slurm docs gpu-check lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py --out runs/demo
@@ -18,6 +18,11 @@ docs: $(VENV)/.installed-test
 # Eight simulated devices and two processes: four minutes.
 test-mesh: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 0 -m mesh tests/test_mesh.py
+
+# A real Slurm of one node (Debian: apt-get install slurm-wlm munge), as root: two minutes.
+test-slurm: $(VENV)/.installed-test
+	tests/one_node_slurm.sh runs/slurm
+	$(BIN)/python -m pytest -n 0 -m slurm tests/test_slurm.py
 
 # The engine on an accelerator, ten minutes: right, how fast, then it trains. Writes gpu_check.json.
 gpu-check:

@@ -10,6 +10,7 @@ _EXTRAS = {
     "importlib_resources": "train",
     "matplotlib": "plot",
     "sklearn": "train",
+    "submitit": "cluster",
     "tensorflow_datasets": "train",
 }
 

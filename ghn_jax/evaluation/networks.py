@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,6 +48,23 @@ def by_name(names: Sequence[str], width: int | None = None) -> list[Named]:
             allowed = ", ".join([*known, *zoo.MODELS])
             raise ValueError(f"there is no network {name!r}; allowed: {allowed}")
     return [(name, known.get(name, name)) for name in names]
+
+
+def of_file(path: str | Path, width: int | None = None) -> list[Named]:
+    """Networks of a JSON file: name -> architecture (`Architecture.to_dict`).
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        found = {
+            n: Architecture.from_dict(a) for n, a in json.loads(Path(path).read_text()).items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no file of architectures by name: {error}") from error
+    return [
+        (name, arch if width is None else arch.replace(C=width)) for name, arch in found.items()
+    ]
 
 
 def of_split(

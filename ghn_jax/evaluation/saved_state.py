@@ -47,7 +47,7 @@ class SavedState:
             return None
         leaves, tree = jax.tree.flatten(like)
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with self.path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 found = [file[str(i)] for i in range(len(leaves))]
                 record = json.loads(bytes(file[_RECORD]))
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:

@@ -59,7 +59,7 @@ def quick() -> Config:
     return Config(
         dataset="digits", networks=("DARTS",), width=8, shots=20, held_out=5,
         learning_rates=(0.025, 0.1), weight_decays=(3e-4,),
-        recipe=Recipe(epochs=3, batch_size=32), seeds=2,
+        recipe=Recipe(epochs=10, batch_size=32), seeds=2,
         out=Path("runs/quick/few_shot"),
     )  # fmt: skip
 
@@ -93,6 +93,7 @@ def check(config: Config, images: Images) -> None:
         raise ValueError(f"--seeds is {config.seeds}; use 1 or more")
     if not config.learning_rates or not config.weight_decays:
         raise ValueError("give at least one learning rate and one weight decay")
+    take_shots(images, 0, config.shots)
     kept = take_shots(images, 0, config.shots - config.held_out)
     steps_per_epoch(kept, config.recipe.batch_size)
 

@@ -34,13 +34,15 @@ from ghn_jax.evaluation.accuracy import (
     random_parameters,
     summary,
 )
-from ghn_jax.evaluation.experiments.records import Records
+from ghn_jax.evaluation.experiments.cluster import ClusterConfig, run_units
+from ghn_jax.evaluation.experiments.records import Records, write_beside
 from ghn_jax.evaluation.module_training import ModuleTraining
 from ghn_jax.evaluation.network_training import NetworkTraining
-from ghn_jax.evaluation.networks import Named, by_name, module_of, of_split
+from ghn_jax.evaluation.networks import Named, by_name, module_of, of_file, of_split
 from ghn_jax.evaluation.recipe import Recipe
 from ghn_jax.evaluation.saved_state import SavedState
 from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.plot.charts import epoch_curves
 
 NEVER = 2.0  # convergence of a network that did not, as in the authors' results
 
@@ -55,6 +57,7 @@ class Config:
     start: int = 0  # first network of the split
     stop: int | None = None  # one behind the last; default: all
     networks: tuple[str, ...] = ()  # these in place of a split: DARTS PDARTS ViT resnet50 ...
+    nets: Path | None = None  # file with networks: HDF5 as the official ones, or JSON, name -> one
     width: int | None = None  # initial channels; default: each architecture's own
     recipe: Recipe = Recipe()
     report_epochs: tuple[int, ...] = (1, 5, 10, 20, 30, 40, 50)  # when accuracies are taken
@@ -62,15 +65,16 @@ class Config:
     ckpt: Path | None = None  # hypernetwork whose predicted parameters training starts from
     seed: int = 0  # of parameters and images
     at_once: int = 1  # networks that train at once, where one does not fill the device
+    cluster: ClusterConfig = ClusterConfig()
     unit: str = ""  # names the file of records, where several processes share `out`
     out: Path = Path("runs/trained_networks")  # folder for records, table and figure
 
 
 def quick() -> Config:
-    """Three small networks on digits: a minute or two on two cores."""
+    """Twelve small networks on digits: some three minutes on two cores."""
     recipe = Recipe(epochs=4, batch_size=64)
     return Config(
-        dataset="digits", stop=3, width=8, recipe=recipe, report_epochs=(1, 2, 4),
+        dataset="digits", stop=12, width=8, recipe=recipe, report_epochs=(1, 2, 4),
         out=Path("runs/quick/trained_networks"),
     )  # fmt: skip
 
@@ -114,6 +118,7 @@ def noisy(batch: np.ndarray, images: Images, std: float, seed) -> np.ndarray:
 def accuracy(training, state, images: Images, batch_size: int, noise: float = 0.0) -> float:
     """Top-1 on a set of images, batch norm on running averages."""
     correct = []
+    batch_size = min(batch_size, len(images))
     for i, (x, labels, counted) in enumerate(full_batches(images, batch_size)):
         x = noisy(x, images, noise, [i]) if noise else x
         correct.append(count_correct(training.logits(state, x), labels, counted))
@@ -201,9 +206,7 @@ def train_network(
     if "val" in tests and "diverged" not in record:
         val = tests["val"]
         if noise:
-            record["val_top1_noise"] = accuracy(
-                training, state, val, recipe.batch_size, noise
-            )
+            record["val_top1_noise"] = accuracy(training, state, val, recipe.batch_size, noise)
         start = time.perf_counter()  # programs are compiled by now
         accuracy(training, state, val, recipe.batch_size)
         record["inference_seconds"] = round(time.perf_counter() - start, 4)
@@ -221,7 +224,8 @@ def train_network(
 def settings(config: Config) -> dict:
     """What the records depend on."""
     described = dataclasses.asdict(config)
-    for name in ("data_dir", "split", "start", "stop", "networks", "at_once", "unit", "out"):
+    for name in ("data_dir", "split", "start", "stop", "networks", "nets", "at_once", "cluster",
+                 "unit", "out"):  # fmt: skip
         del described[name]
     described["report_epochs"] = list(config.report_epochs)
     described["ckpt"] = None if config.ckpt is None else str(config.ckpt)
@@ -231,10 +235,15 @@ def settings(config: Config) -> dict:
 def networks(config: Config, image_size: int) -> list[Named]:
     """Those that are to be trained."""
     if config.networks:
-        return by_name(config.networks, config.width)
-    return of_split(
-        config.split, config.start, config.stop, image_size=image_size, width=config.width
-    )
+        found = by_name(config.networks, config.width)
+    elif config.nets is not None and config.nets.suffix == ".json":
+        found = of_file(config.nets, config.width)
+    else:
+        return of_split(
+            config.split, config.start, config.stop,
+            image_size=image_size, width=config.width, nets=config.nets,
+        )  # fmt: skip
+    return found[config.start : config.stop]
 
 
 def run(config: Config) -> list[dict]:
@@ -250,6 +259,9 @@ def run(config: Config) -> list[dict]:
     steps_per_epoch(train, config.recipe.batch_size)
     todo = networks(config, train.image_size)
     records = Records.open(config.out, settings(config), config.unit)
+    if config.cluster.cluster is not None:
+        run_units(run, config, config.start, config.start + len(todo))
+        return _finish(config, todo, Records.open(config.out, settings(config)))
     tests = {
         part: load_images(config.dataset, part, data_dir=config.data_dir)
         for part in ("val", "test")
@@ -285,8 +297,16 @@ def run(config: Config) -> list[dict]:
             list(pool.map(lambda pair: one(*pair), missing))
         finally:  # after an error no other network is begun
             pool.shutdown(cancel_futures=True)
+    return _finish(config, todo, records)
+
+
+def _finish(config: Config, todo: list[Named], records: Records) -> list[dict]:
+    """The records, after their table and figure; a unit of a cluster leaves these to the others."""
     found = [records[name] for name, _ in todo if name in records]
-    (config.out / "table.md").write_text(table(found))
+    if not config.unit:
+        write_beside(config.out / "table.md", table(found))
+        epoch_curves(found, config.out / "training.png")
+        print(table(found))
     return found
 
 

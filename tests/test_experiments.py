@@ -1,0 +1,317 @@
+"""Experiments: their quick presets run, go on where they were, and refuse what cannot work."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ghn_jax.cli import paper
+from ghn_jax.data.augment import cut_out
+from ghn_jax.data.images import load_images
+from ghn_jax.deepnets1m.architecture import Architecture, Genotype
+from ghn_jax.engine.engine import Engine
+from ghn_jax.evaluation.accuracy import random_parameters
+from ghn_jax.evaluation.experiments import few_shot, trained_networks
+from ghn_jax.evaluation.experiments.cluster import ClusterConfig, units
+from ghn_jax.evaluation.experiments.records import Records, read_records
+from ghn_jax.evaluation.experiments.trained_networks import (
+    NEVER,
+    convergence,
+    noisy,
+    train_network,
+    training_of,
+)
+from ghn_jax.evaluation.networks import by_name, module_of, of_file, of_split
+from ghn_jax.evaluation.recipe import Recipe, final
+from ghn_jax.evaluation.saved_state import SavedState
+from ghn_jax.hypernet.checkpoint import save_ghn
+from ghn_jax.hypernet.ghn import GHN
+
+# Few operations, so that little is compiled.
+EDGES = (("conv_1x1", 0), ("skip_connect", 1))
+SMALL = Architecture(Genotype(EDGES, (2,), EDGES, (2,)), n_cells=2, C=8, fc_layers=1)
+
+
+def write_networks(path, count):
+    """A file with some networks that need the same programs."""
+    path.write_text(json.dumps({f"net {i}": SMALL.to_dict() for i in range(count)}))  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return {part: load_images("digits", part) for part in ("train", "val", "test")}
+
+
+# --- Records --------------------------------------------------------------------------------------
+
+
+def test_records_are_kept_and_not_added_twice(tmp_path):
+    records = Records.open(tmp_path, {"a": 1})
+    records.add({"name": "x", "top1": 0.5})
+    Records.open(tmp_path, {"a": 1}, unit="5-9").add({"name": "y", "top1": 0.6})
+    again = Records.open(tmp_path, {"a": 1})
+    assert {name: again[name]["top1"] for name in again} == {"x": 0.5, "y": 0.6}
+
+
+def test_a_record_that_was_cut_off_is_dropped(tmp_path):
+    records = Records.open(tmp_path, {})
+    for name in "xyz":
+        records.add({"name": name})
+    whole = records.path.read_bytes()
+    for cut in range(1, len(whole)):
+        records.path.write_bytes(whole[:cut])
+        found = Records.open(tmp_path, {})
+        assert list(found) == list("xyz")[: whole[:cut].count(b"\n")]
+        found.add({"name": "new"})
+        assert list(read_records(tmp_path)) == [*found]
+
+
+def test_damaged_records_are_named(tmp_path):
+    records = Records.open(tmp_path, {})
+    records.path.write_text('{"name": "x"}\n{"nam\n{"name": "y"}\n')
+    with pytest.raises(ValueError, match=r"records.jsonl, line 2, is damaged"):
+        Records.open(tmp_path, {})
+    records.path.write_text('{"top1": 1}\n')
+    with pytest.raises(ValueError, match="line 1, is no record"):
+        Records.open(tmp_path, {})
+
+
+def test_records_of_other_settings_are_refused(tmp_path):
+    Records.open(tmp_path, {"seed": 1, "epochs": 5})
+    with pytest.raises(ValueError, match=r"seed 1 \(now 2\)"):
+        Records.open(tmp_path, {"seed": 2, "epochs": 5})
+
+
+# --- Which networks -------------------------------------------------------------------------------
+
+
+def test_networks_of_a_split_and_by_name(tmp_path):
+    names = [name for name, _ in of_split("test", 3, 6)]
+    assert names == ["test[3]", "test[4]", "test[5]"]
+    assert of_split("test", 3, 6, width=24)[0][1].C == 24
+    assert of_split("search", 0, 2, seed=1)[1][1] != of_split("search", 0, 2, seed=2)[1][1]
+    assert [n for _, n in by_name(["resnet18", "ViT"])][0] == "resnet18"
+    path = write_networks(tmp_path / "nets.json", 2)
+    assert of_file(path) == [("net 0", SMALL), ("net 1", SMALL)]
+    for call, message in (
+        (lambda: of_split("tests"), "'tests'; allowed: val, test"),
+        (lambda: of_split("test", 500, 600), "no network from 500"),
+        (lambda: by_name(["resnet51"]), "no network 'resnet51'; allowed: DARTS"),
+        (lambda: of_file(__file__), "no file of architectures"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def test_recipes():
+    recipe = Recipe(epochs=4, learning_rate=0.5)
+    assert recipe.optimizer(7) is Recipe(epochs=4, learning_rate=0.5).optimizer(7)
+    # The learning rate falls at the end of an epoch, along a cosine; weight decay is L2.
+    optimizer = Recipe(epochs=4, learning_rate=0.5, weight_decay=0.1).optimizer(2)
+    state, rates = optimizer.init(np.float32(2.0)), []
+    for step in range(8):
+        # The momentum of a single gradient fades by 0.9 a step.
+        update, state = optimizer.update(np.float32(-0.2 if step else 0.8), state, np.float32(2.0))
+        rates.append(-float(update) / 0.9**step)
+    expected = [0.25 * (1 + np.cos(np.pi * (step // 2) / 4)) for step in range(8)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-4)
+    assert [final(10).drop_probability(e) for e in (0, 5)] == [0, 0.1]
+    for wrong, message in (({"learning_rate": 0.0}, "learning_rate is 0.0"),
+                           ({"epochs": 0}, "epochs is 0"), ({"smoothing": 1.0}, "smoothing is 1.0"),
+                           ({"learning_rate": float("nan")}, "learning_rate is nan")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Recipe(**wrong).check()
+
+
+def test_an_interrupted_network_ends_as_an_uninterrupted_one(digits, tmp_path):
+    recipe = Recipe(epochs=3, batch_size=128, cutout=4)
+    engine = Engine()
+    params = random_parameters(module_of(SMALL, digits["train"].task), 16, 0)
+
+    class Killed(Exception):
+        pass
+
+    def train(saved=None, until=99):
+        def report(epoch, top1):
+            if epoch == until:
+                raise Killed
+
+        training = training_of(engine, SMALL, recipe, digits["train"], 0)
+        return train_network(
+            training, params, recipe, digits["train"], {"val": digits["val"]},
+            report_epochs=(1,), noise=0.08, saved=saved, report=report,
+        )  # fmt: skip
+
+    expected = train()
+    saved = SavedState(tmp_path / "a" / "net[0]")
+    for until in (1, 2):
+        with pytest.raises(Killed):
+            train(saved, until)
+    record = train(saved)
+    times = ("seconds", "inference_seconds")
+    assert {k: v for k, v in record.items() if k not in times} == {
+        k: v for k, v in expected.items() if k not in times
+    }
+    assert list(record["val_top1"]) == ["1", "3"]
+    assert len(record["loss"]) == 3
+    assert record["loss"][-1] < record["loss"][0]
+    # What is damaged or of another network is said, and nothing is trained from it.
+    saved.path.write_bytes(saved.path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="is damaged"):
+        train(saved)
+    other = SMALL.replace(C=16)
+    training = training_of(engine, other, recipe, digits["train"], 0)
+    saved.save(training.init(random_parameters(module_of(other, digits["train"].task), 16, 0)), {})
+    with pytest.raises(ValueError, match="of another network"):
+        train(saved)
+
+
+def test_a_model_of_the_zoo_trains():
+    digits = {part: load_images("digits", part, image_size=32) for part in ("train", "val")}
+    recipe = Recipe(epochs=1, batch_size=64, learning_rate=0.1)
+    training = training_of(Engine(), "resnet18", recipe, digits["train"], 0)
+    params = jax.tree.map(np.asarray, training.params(training.init()))
+    some = dataclasses.replace(
+        digits["train"], pixels=digits["train"].pixels[:256], labels=digits["train"].labels[:256]
+    )
+    record = train_network(
+        training, params, recipe, some, {"test": digits["val"]}, report_epochs=()
+    )
+    assert np.isfinite(record["loss"]).all()
+    assert 0 <= record["final_test_top1"] <= 1
+    with pytest.raises(ValueError, match="drop path"):
+        training_of(Engine(), "resnet18", final(1), digits["train"], 0)
+
+
+def test_convergence():
+    assert convergence([0.5, 0.9, 0.95, 0.99], 8) == 3 / 8
+    assert convergence([0.5, 0.9], 2) == NEVER
+
+
+def test_noise_is_added_to_values_from_0_to_1(digits):
+    images = digits["val"]
+    batch = (images.pixels[:8] / np.float32(255) - np.float32(images.mean)) / np.float32(images.std)
+    changed = noisy(batch, images, 0.08, [0]) * np.float32(images.std) + np.float32(images.mean)
+    original = images.pixels[:8] / 255
+    assert changed.min() >= -1e-6
+    assert changed.max() <= 1 + 1e-6
+    inside = (original > 0.3) & (original < 0.7)
+    assert (changed - original)[inside].std() == pytest.approx(0.08, rel=0.1)
+    np.testing.assert_allclose(noisy(batch, images, 0.0, [0]), batch, atol=1e-5)
+
+
+def test_cutout_zeroes_a_square_of_each_image():
+    images = np.ones((200, 32, 32, 3), np.float32)
+    cut = cut_out(images, 16, np.random.default_rng(0))
+    assert (images == 1).all()
+    zeros = (cut == 0).all(-1)
+    areas = zeros.sum((1, 2))
+    assert areas.max() == 256
+    assert areas.min() >= 64  # a centre in a corner leaves a quarter
+    for mask in zeros[:20]:
+        rows, columns = np.nonzero(mask)
+        assert mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+
+
+# --- The experiments ------------------------------------------------------------------------------
+
+
+def test_trained_networks(tmp_path, capsys):
+    """The quick preset by its command; what is there is not computed again."""
+    out = tmp_path / "out"
+    nets = write_networks(tmp_path / "nets.json", 3)
+    arguments = ["trained-networks", "--quick", "--nets", str(nets), "--out", str(out)]
+    paper.main([*arguments, "--stop", "1"])
+    first = (out / "records.jsonl").read_text()
+    paper.main(arguments)
+    assert (out / "records.jsonl").read_text().startswith(first)
+    records = read_records(out)
+    assert list(records) == ["net 0", "net 1", "net 2"]
+    for record in records.values():
+        assert list(record["test_top1"]) == ["1", "2", "4"]
+        assert {"val_top1_noise", "inference_seconds", "convergence", "final_val_top1"} <= {*record}
+        assert record["parameters"] > 1000
+    assert np.mean([r["final_test_top1"] for r in records.values()]) > 0.2
+    assert "| 3 | 4 |" in (out / "table.md").read_text()
+    assert (out / "training.png").stat().st_size > 5000
+    assert not list((out / "states").iterdir())
+    with pytest.raises(ValueError, match="other|another folder"):
+        paper.main([*arguments, "--epochs", "5"])
+
+
+def test_units_of_a_cluster_are_the_whole(tmp_path):
+    assert units(3, 10, 3) == [(3, 6), (6, 9), (9, 10)]
+    out = tmp_path / "out"
+    nets = write_networks(tmp_path / "nets.json", 2)
+    config = trained_networks.Config(
+        dataset="digits", nets=nets, out=out, report_epochs=(),
+        recipe=Recipe(epochs=1, batch_size=512),
+        cluster=ClusterConfig("local", unit_size=1, jobs=2),
+    )  # fmt: skip
+    trained_networks.run(config)
+    assert {path.name for path in out.glob("records*")} == {"records-0-1.jsonl",
+                                                            "records-1-2.jsonl"}  # fmt: skip
+    here = trained_networks.run(dataclasses.replace(
+        config, cluster=ClusterConfig(), out=tmp_path / "here"))  # fmt: skip
+    there = read_records(out)
+    for record in here:
+        assert there[record["name"]]["loss"] == pytest.approx(record["loss"], rel=1e-4)
+    with pytest.raises(
+        ChildProcessError, match="1 of 1 jobs have failed.*no network of the design"
+    ):
+        trained_networks.run(dataclasses.replace(
+            config, nets=None, networks=("resnet18",), out=tmp_path / "bad",
+            recipe=dataclasses.replace(config.recipe, auxiliary=0.4)))  # fmt: skip
+
+
+def test_few_shot(tmp_path, digits):
+    ghn = GHN(max_shape=(16, 16, 7, 7))
+    save_ghn(tmp_path / "small", ghn, ghn.init_variables(0))
+    config = dataclasses.replace(
+        few_shot.quick(), ghn=(tmp_path / "small",), out=tmp_path / "out", networks=("ViT",),
+        recipe=Recipe(epochs=2, batch_size=32), noise=3e-5, orthogonal_from=1,
+    )  # fmt: skip
+    few_shot.run(config)
+    records = read_records(tmp_path / "out")
+    assert set(records) == {f"ViT from {where}, {what}" for where in ("he", "small")
+                            for what in ("tuned", "seed 0", "seed 1")}  # fmt: skip
+    assert len(records["ViT from he, tuned"]["held_out_top1"]) == 2
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text.count("±") == 2
+    for wrong, message in (({"shots": 1000}, "1000 shots are asked for"),
+                           ({"held_out": 20}, "--held-out is 20"), ({"seeds": 0}, "--seeds is 0"),
+                           ({"learning_rates": ()}, "at least one learning rate")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            few_shot.run(dataclasses.replace(config, **wrong))
+
+
+def test_shots_are_the_first_of_each_class_in_file_order(digits):
+    images = digits["train"]
+    shots = few_shot.take_shots(images, 0, 5)
+    assert np.bincount(shots.labels).tolist() == [5] * 10
+    first = [np.nonzero(images.labels == c)[0][:5] for c in range(10)]
+    expected = images.pixels[np.sort(np.concatenate(first))]
+    np.testing.assert_array_equal(shots.pixels, expected)
+    later = few_shot.take_shots(images, 5, 9)
+    assert not {x.tobytes() for x in later.pixels} & {x.tobytes() for x in shots.pixels}
+
+
+def test_an_unknown_experiment_is_refused():
+    with pytest.raises(ValueError, match="no experiment 'table99'; allowed: trained-networks"):
+        paper.main(["table99"])
+
+
+@pytest.mark.parametrize("name", [*paper.EXPERIMENTS])
+def test_every_experiment_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        paper.main([name, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"ghn-paper {name}" in shown
+    assert "--out PATH" in shown
