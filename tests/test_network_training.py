@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from ghn_jax.engine.compilation import CompilationCounter
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import random_parameters
 from ghn_jax.evaluation.auxiliary_head import AuxiliaryHead, _averages
+from ghn_jax.evaluation.module_training import ModuleTraining
 from ghn_jax.evaluation.network_training import NetworkTraining
 from ghn_jax.training.meta_loss import cross_entropy
 
@@ -139,6 +141,54 @@ def test_running_averages_are_what_logits_are_on(engine):
     # Running variances are unbiased: at 4x4 pixels by 1 in 127.
     np.testing.assert_allclose(after, expected, atol=0.03 * jnp.abs(expected).max())
     assert jnp.abs(before - expected).max() > 0.1 * jnp.abs(expected).max()
+
+
+# --- Any module -----------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Batch norm and dropout, as models of the zoo call them."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Conv(8, (3, 3), 2, use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        x = nn.Dropout(0.2, deterministic=not train)(x.mean((1, 2)))
+        return nn.Dense(10)(x)
+
+
+def test_a_module_is_trained_by_optax():
+    """Updates by hand, statistics and dropout included."""
+    optimizer, module = optax.adam(1e-2), Small()
+    training = ModuleTraining(module, optimizer, image_size=SIZE, clip=0.5, smoothing=0.1, seed=3)
+    state = training.init()
+    whole = optax.chain(optax.clip_by_global_norm(0.5), optimizer)
+    variables = jax.tree.map(jnp.array, dict(state.variables))
+    opt_state = whole.init(variables["params"])
+    for i in range(4):
+        images, labels = batch(i)
+        key = jax.random.fold_in(jax.random.key(3), i)
+
+        def loss(params, variables=variables, images=images, labels=labels, key=key):
+            logits, updated = module.apply(
+                {**variables, "params": params}, images, train=True, mutable=["batch_stats"],
+                rngs={"dropout": key},
+            )  # fmt: skip
+            return cross_entropy(logits, labels, 0.1), updated
+
+        (expected, updated), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        changes, opt_state = whole.update(gradient, opt_state, variables["params"])
+        variables = {"params": optax.apply_updates(variables["params"], changes), **updated}
+        state, value, _ = training.step(state, images, labels)
+        assert float(value) == pytest.approx(float(expected), rel=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dict(state.variables),
+                 variables)  # fmt: skip
+    expected = module.apply(variables, batch(0)[0])
+    np.testing.assert_allclose(training.logits(state, batch(0)[0]), expected, atol=1e-4)
+    again = training.init(training.params(state))
+    jax.tree.map(np.testing.assert_array_equal, training.params(again), training.params(state))
+    with pytest.raises(ValueError, match="drop path"):
+        training.step(state, *batch(0), drop_path=0.1)
 
 
 # --- Drop path and the auxiliary head (C.2.3) -----------------------------------------------------

@@ -38,8 +38,9 @@ HE = "he"
 class Config:
     """Which networks are fine-tuned, from what, and how."""
 
-    dataset: str = "cifar10"  # digits, cifar10 or imagenet2012
+    dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
+    image_size: int | None = None  # pixels that images are resized to; default: the dataset's own
     networks: tuple[str, ...] = ("resnet50", "ViT", "DARTS")  # DARTS, PDARTS, ViT, the zoo's
     width: int | None = None  # initial channels of those of the design space; default: 32
     ghn: tuple[Path, ...] = ()  # hypernetworks, each a folder; default: only random parameters
@@ -104,14 +105,15 @@ def run(config: Config) -> list[dict]:
     Raises:
       ValueError: options that cannot work, or a folder with records of other options.
     """
-    shots = load_images(config.dataset, "train", data_dir=config.data_dir)
+    source = {"data_dir": config.data_dir, "image_size": config.image_size}
+    shots = load_images(config.dataset, "train", **source)
     check(config, shots)
     networks = by_name(config.networks, config.width)
     described = dataclasses.asdict(config)
     for name in ("data_dir", "networks", "ghn", "seeds", "out"):
         del described[name]
     records = Records.open(config.out, {"experiment": "few_shot", **described})
-    test = load_images(config.dataset, "test", data_dir=config.data_dir)
+    test = load_images(config.dataset, "test", **source)
     kept = take_shots(shots, 0, config.shots - config.held_out)
     held = take_shots(shots, config.shots - config.held_out, config.shots)
     every = take_shots(shots, 0, config.shots)

@@ -51,8 +51,9 @@ NEVER = 2.0  # convergence of a network that did not, as in the authors' results
 class Config:
     """Which networks are trained, how, and on what."""
 
-    dataset: str = "cifar10"  # digits, cifar10 or imagenet2012
+    dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
+    image_size: int | None = None  # pixels that images are resized to; default: the dataset's own
     split: str = "test"  # val, test, wide, deep, dense, bnfree, predefined
     start: int = 0  # first network of the split
     stop: int | None = None  # one behind the last; default: all
@@ -232,6 +233,12 @@ def settings(config: Config) -> dict:
     return {"experiment": "trained_networks", **described}
 
 
+def _images(config: Config, split: str) -> Images:
+    return load_images(
+        config.dataset, split, data_dir=config.data_dir, image_size=config.image_size
+    )
+
+
 def networks(config: Config, image_size: int) -> list[Named]:
     """Those that are to be trained."""
     if config.networks:
@@ -255,17 +262,14 @@ def run(config: Config) -> list[dict]:
     config.recipe.check()
     if config.at_once < 1:
         raise ValueError(f"--at-once is {config.at_once}; use 1 or more")
-    train = load_images(config.dataset, "train", data_dir=config.data_dir)
+    train = _images(config, "train")
     steps_per_epoch(train, config.recipe.batch_size)
     todo = networks(config, train.image_size)
     records = Records.open(config.out, settings(config), config.unit)
     if config.cluster.cluster is not None:
         run_units(run, config, config.start, config.start + len(todo))
         return _finish(config, todo, Records.open(config.out, settings(config)))
-    tests = {
-        part: load_images(config.dataset, part, data_dir=config.data_dir)
-        for part in ("val", "test")
-    }
+    tests = {part: _images(config, part) for part in ("val", "test")}
     ghn = None if config.ckpt is None else load_ghn(config.ckpt)
     missing = [(name, network) for name, network in todo if name not in records]
     engine = Engine()
