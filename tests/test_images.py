@@ -5,9 +5,7 @@ need `tfds` in the shared folder.
 """
 
 import gc
-import io
 import itertools
-import json
 import os
 import threading
 import time
@@ -15,15 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from sklearn.datasets import load_digits
+from tfds_files import encode, write_tfds
 
-from ghn_jax.data import augment
+from ghn_jax.data import augment, splits
 from ghn_jax.data.images import (
     SPLITS,
     Images,
-    _part,
     eval_batches,
     load_images,
     prefetch,
@@ -37,72 +34,6 @@ TFDS = Path(os.environ.get("GHN_JAX_SHARED", ROOT.parent / "shared")) / "tfds"
 needs_cifar10 = pytest.mark.skipif(
     not (TFDS / "cifar10").is_dir(), reason=f"no cifar10 in {TFDS}; set GHN_JAX_SHARED"
 )
-
-FEATURE = "tensorflow_datasets.core.features."
-FEATURES = {
-    "image": {
-        "pythonClassName": FEATURE + "image_feature.Image",
-        "image": {"dtype": "uint8", "shape": {"dimensions": ["-1", "-1", "3"]}},
-    },
-    "label": {
-        "pythonClassName": FEATURE + "class_label_feature.ClassLabel",
-        "classLabel": {"numClasses": "200"},
-    },
-    "id": {"pythonClassName": FEATURE + "text_feature.Text", "text": {}},
-}
-
-
-def varint(number: int) -> bytes:
-    """A number below 2**14 as protocol buffers write it."""
-    return bytes([number]) if number < 128 else bytes([number % 128 + 128, number // 128])
-
-
-def field(number: int, content: bytes) -> bytes:
-    return bytes([number * 8 + 2]) + varint(len(content)) + content
-
-
-def example(values: dict[str, bytes | int]) -> bytes:
-    """A tf.train.Example of single bytes (BytesList is field 1) and integers (Int64List is 3)."""
-    features = b""
-    for name, value in values.items():
-        value = (
-            field(3, field(1, varint(value)))
-            if isinstance(value, int)
-            else (field(1, field(1, value)))
-        )
-        features += field(1, field(1, name.encode()) + field(2, value))
-    return field(1, features)
-
-
-def write_tfds(folder: Path, name: str, version: str, splits: dict[str, list[list[dict]]]) -> Path:
-    """A dataset as TFDS prepares it: for each split its shards, for each of these its records."""
-    path = folder / name / version
-    path.mkdir(parents=True)
-    infos = []
-    for split, shards in splits.items():
-        for i, shard in enumerate(shards):
-            file = path / f"{name}-{split}.array_record-{i:05d}-of-{len(shards):05d}"
-            writer = ArrayRecordWriter(str(file), "group_size:1")
-            for record in shard:
-                writer.write(example(record))
-            writer.close()
-        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        lengths = [str(len(shard)) for shard in shards]
-        infos.append({"name": split, "filepathTemplate": template, "shardLengths": lengths})
-    info = {"name": name, "version": version, "fileFormat": "array_record", "splits": infos}
-    (path / "dataset_info.json").write_text(json.dumps(info))
-    features = {
-        "pythonClassName": FEATURE + "features_dict.FeaturesDict",
-        "featuresDict": {"features": FEATURES},
-    }
-    (path / "features.json").write_text(json.dumps(features))
-    return folder
-
-
-def encode(pixels: np.ndarray, file_format: str, mode: str = "RGB") -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, file_format)
-    return file.getvalue()
 
 
 def photo(label: int) -> np.ndarray:
@@ -137,11 +68,12 @@ def cifar10() -> dict[str, Images]:
     return {split: load_images("cifar10", split, data_dir=TFDS) for split in SPLITS}
 
 
-def plain_images(pixels: np.ndarray, name: str = "cifar10") -> Images:
+def plain_images(pixels: np.ndarray, **options) -> Images:
     """Images whose batches have the values of the pixels, labelled 0, 1, 2..."""
     labels = np.arange(len(pixels), dtype=np.int32)
     mean, std = (0.0,) * 3, (1 / 255,) * 3
-    return Images(name, "train", len(pixels), pixels.shape[1], mean, std, pixels, labels)
+    size = pixels.shape[1]
+    return Images("plain", "train", len(pixels), size, mean, std, pixels, labels, **options)
 
 
 def take(iterator, count: int) -> list:
@@ -226,13 +158,14 @@ def test_every_batch_has_its_own_augmentation():
     assert {x.tobytes() for x, _ in other_seed} != views
 
 
-def test_digits_are_not_mirrored_and_cifar10_is():
+def test_images_are_mirrored_where_they_may_be():
     half = np.zeros((64, 16, 16, 3), np.uint8)
     half[:, :, :4] = 255  # the left side is bright; after mirroring the right one
-    for name, mirrored in (("digits", [False]), ("cifar10", [False, True])):
-        x, _ = next(train_batches(plain_images(half, name), 64, seed=0))
+    for mirror, mirrored in ((False, [False]), (True, [False, True])):
+        x, _ = next(train_batches(plain_images(half, mirror=mirror), 64, seed=0))
         right_is_brighter = x[:, :, 8:].mean((1, 2, 3)) > x[:, :, :8].mean((1, 2, 3))
         assert sorted(set(right_is_brighter.tolist())) == mirrored
+    assert not load_images("digits", "train").mirror
 
 
 def test_evaluation_sees_every_image_once_in_order():
@@ -265,12 +198,12 @@ def test_imagenet_splits_are_disjoint_and_read_only_when_asked(imagenet):
 
 
 def test_all_but_50000_at_most_of_the_training_images_are_kept():
-    assert [_part(split, 1_281_167) for split in SPLITS] == [
+    assert [splits.part(split, 1_281_167) for split in SPLITS] == [
         slice(0, 1_231_167),
         slice(1_231_167, 1_281_167),
         slice(0, 1_281_167),
     ]
-    assert _part("val", 50_000) == slice(45_000, 50_000)
+    assert splits.part("val", 50_000) == slice(45_000, 50_000)
 
 
 def test_imagenet_training_resumes_exactly(imagenet):
@@ -344,7 +277,8 @@ def test_gray_and_cmyk_photographs_become_rgb(imagenet):
 # CIFAR-10
 
 
-def test_cifar10_is_held_out_by_id_and_not_by_the_order_of_the_file(tmp_path):
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_cifar10_is_held_out_by_id_and_not_by_the_order_of_the_file(tmp_path, file_format):
     order = np.random.default_rng(0).permutation(30)
     flat = [
         {
@@ -354,13 +288,15 @@ def test_cifar10_is_held_out_by_id_and_not_by_the_order_of_the_file(tmp_path):
         }
         for i in order
     ]
-    write_tfds(tmp_path, "cifar10", "3.0.2", {"train": [flat], "test": [flat[:10]]})
+    shards = {"train": [flat], "test": [flat[:10]]}
+    write_tfds(tmp_path, "cifar10", "3.0.2", shards, file_format=file_format)
     for split, expected in (("train", range(27)), ("val", range(27, 30))):
         images = load_images("cifar10", split, data_dir=tmp_path)
         assert images.pixels.shape == (len(expected), 32, 32, 3)
         assert images.pixels[:, 5, 5, 0].tolist() == [*expected]
         assert images.labels.tolist() == [i % 10 for i in expected]
         assert images.records is None
+        assert images.mirror
     small = load_images("cifar10", "val", data_dir=tmp_path, image_size=16)
     assert small.pixels.shape == (3, 16, 16, 3)
     assert len(load_images("cifar10", "test", data_dir=tmp_path)) == 10
@@ -450,8 +386,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no split 'validation', which 'test' is read from"):
         load_images("imagenet2012", "test", data_dir=folder)
     info = folder / "imagenet2012" / "5.1.0" / "dataset_info.json"
-    info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(ValueError, match="of the format 'tfrecord'; use 'array_record'"):
+    info.write_text(info.read_text().replace("array_record", "riegeli"))
+    with pytest.raises(ValueError, match="of the format 'riegeli'; use 'array_record' or 'tfrec"):
         load_images("imagenet2012", "train", data_dir=folder)
 
 

@@ -35,8 +35,9 @@ class EvalConfig:
     """What to evaluate, on what."""
 
     ckpt: Path  # folder of a training run, or one written by save_ghn
-    dataset: str = "cifar10"  # digits, cifar10 or imagenet2012
+    dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
+    image_size: int | None = None  # pixels that images are resized to; default: the dataset's own
     split: str = "test"  # val, test, wide, deep, dense, bnfree; predefined: ResNet-50 and ViT;
     # named: DARTS, PDARTS and ViT at a small width
     num: int = 20  # architectures of the split, from its first
@@ -96,7 +97,9 @@ def main(arguments: Sequence[str]) -> None:
     ghn, variables = load_ghn(config.ckpt)
     # Hyperparameters are chosen on held-out training images, the rest is tested on test images.
     part = "val" if config.split == "val" else "test"
-    images = load_images(config.dataset, part, data_dir=config.data_dir)
+    images = load_images(
+        config.dataset, part, data_dir=config.data_dir, image_size=config.image_size
+    )
     if images.num_classes != ghn.num_classes:
         raise ValueError(
             f"{config.dataset} has {images.num_classes} classes, but the hypernetwork in "

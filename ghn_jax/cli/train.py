@@ -66,7 +66,9 @@ def main(arguments: Sequence[str]) -> None:
     check(config)
     keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", run.cache_dir))
     keep_memory()
-    train(config, load_images(config.data.dataset, "train", data_dir=config.data.data_dir))
+    data = config.data
+    images = load_images(data.dataset, "train", data_dir=data.data_dir, image_size=data.image_size)
+    train(config, images)
 
 
 run = command(PROG, main)

@@ -1,8 +1,8 @@
 """Random views of images for training, the fixed view for evaluation, and normalisation.
 
 Images are uint8 in height, width, RGB order. A random view is a pure function of the image and of
-the random generator's state. Small images are arrays and go through whole batches at a time; the
-photographs of ImageNet, of any size, are PIL images and go one by one, with torchvision's defaults.
+the random generator's state. Small images are arrays and go through whole batches at a time;
+photographs, of any size, are PIL images and go one by one, with torchvision's defaults (ImageNet).
 """
 
 from __future__ import annotations
@@ -51,8 +51,15 @@ def crop_and_flip(
 
 
 def decode(data: bytes) -> Image.Image:
-    """The RGB image in an encoded (JPEG or PNG) one; gray and CMYK images are converted."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    """The RGB image in an encoded (JPEG or PNG) one; gray and CMYK images are converted.
+
+    Raises:
+      ValueError: its values have more than 8 bits, which conversion would cut off.
+    """
+    image = Image.open(io.BytesIO(data))
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"it has the mode {image.mode!r}, of more than 8 bits a value")
+    return image.convert("RGB")
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -138,15 +145,22 @@ def central_view(data: bytes, size: int) -> np.ndarray:
     Returns:
       (size, size, 3) uint8.
     """
-    image = decode(data)
+    return np.asarray(_centre(decode(data), size, size * 8 // 7))
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The image as a square: the shorter side at `size`, the centre cut out."""
+    return _centre(image, size, size)
+
+
+def _centre(image: Image.Image, size: int, shorter: int) -> Image.Image:
     width, height = image.size
-    shorter = size * 8 // 7
     if width < height:
         image = resize(image, shorter, shorter * height // width)
     else:
         image = resize(image, shorter * width // height, shorter)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return image.crop((left, top, left + size, top + size))
 
 
 def normalise(

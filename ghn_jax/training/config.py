@@ -22,8 +22,9 @@ from ghn_jax.hypernet import ghn
 class DataConfig:
     """Images."""
 
-    dataset: str = "cifar10"  # digits, cifar10 or imagenet2012
+    dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
+    image_size: int | None = None  # pixels that images are resized to; default: the dataset's own
     batch_size: int = 64  # images in an update
     epochs: int = 300  # passes over the training images
     steps: int | None = None  # stop after this many updates; default: all epochs

@@ -1,0 +1,690 @@
+"""Datasets of users' own: TFDS's, folders, NumPy arrays and MNIST's files, all written here."""
+
+import gzip
+import json
+import pickle
+import struct
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tfds_files import (
+    TEXT,
+    WRITERS,
+    encode,
+    image_feature,
+    label_feature,
+    write_tfds,
+)
+
+from ghn_jax.cli import train
+from ghn_jax.data import records
+from ghn_jax.data.images import SPLITS, eval_batches, load_images, train_batches
+from ghn_jax.data.splits import official_splits, part_by_class
+from ghn_jax.data.statistics import channel_statistics
+from ghn_jax.data.tfrecord import TFRecords, crc32c, find_records
+from ghn_jax.training import loop
+
+KINDS = ("array_record", "tfrecord", "folder", "folder without parts", "npz", "npz of all", "idx")
+TRAIN, TEST, CLASSES, SIZE = 60, 9, 3, 12
+
+
+def tagged(index: int, *, size=(SIZE, SIZE), gray: bool = False) -> np.ndarray:
+    """An image that says which it is: its mean is 3 * index + 1 in the first channel."""
+    base = np.full((*size, 3), 3 * index + 1, np.uint8)
+    if not gray:
+        base[..., 1] = 200
+        base[: size[0] // 2, :, 2] = 90
+    return base
+
+
+def label(index: int) -> int:
+    return index * CLASSES // TRAIN if index < TRAIN else index % CLASSES  # class by class
+
+
+def index_of(image: np.ndarray) -> int:
+    return round((float(image[..., 0].mean()) - 1) / 3)
+
+
+def write(folder: Path, kind: str, **options) -> tuple[str, dict]:
+    """A dataset of 60 training and 9 test images; its name and what else `load_images` takes."""
+    gray = options.get("gray", False)
+    everything = range(TRAIN + TEST)
+    pixels = np.stack([tagged(i, **options) for i in everything])
+    labels = np.array([label(i) for i in everything])
+    parts = {"train": slice(0, TRAIN), "test": slice(TRAIN, None)}
+    if kind in WRITERS:
+        mode, channels = ("L", 1) if gray else ("RGB", 3)
+        rows = [
+            {"image": encode(pixels[i], "PNG", mode), "label": label(i), "id": b"%d" % i}
+            for i in everything
+        ]
+        height, width = pixels.shape[1:3]
+        features = {
+            "image": image_feature(height, width, channels),
+            "label": label_feature(CLASSES),
+            "id": TEXT,
+        }
+        shards = {"train": [rows[:25], rows[25:TRAIN]], "test": [rows[TRAIN:]]}
+        write_tfds(folder, "own", "1.0.0", shards, file_format=kind, features=features)
+        return "tfds:own", {"data_dir": folder}
+    if kind.startswith("folder"):
+        for i in everything:
+            part = "" if "without" in kind else "train" if i < TRAIN else "test"
+            path = folder / part / "abc"[label(i)] / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(pixels[i], "PNG", "L" if gray else "RGB"))
+        return f"folder:{folder}", {}
+    if gray or kind == "idx":
+        pixels = pixels[..., 0]
+    if kind == "idx":
+        for part, name in (("train", "train"), ("test", "t10k")):
+            write_idx(folder / f"{name}-images-idx3-ubyte.gz", pixels[parts[part]])
+            write_idx(folder / f"{name}-labels-idx1-ubyte", labels[parts[part]])
+        return f"idx:{folder}", {}
+    path = folder / "own.npz"
+    if kind == "npz of all":
+        np.savez(path, images=pixels, labels=labels)
+    else:
+        np.savez_compressed(
+            path, x_train=pixels[:TRAIN], y_train=labels[:TRAIN, None],
+            x_test=pixels[TRAIN:], y_test=labels[TRAIN:, None],
+        )  # fmt: skip
+    return f"npz:{path}", {}
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    data = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Writes a dataset and returns what loads a split of it."""
+
+    def make(kind, **options):
+        name, where = write(tmp_path, kind, **options)
+        return lambda split, **more: load_images(name, split, **where, **more)
+
+    return make
+
+
+def indices(images) -> list[int]:
+    return [index_of(images[i][0]) for i in range(len(images))]
+
+
+# All kinds alike
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_splits_are_all_images_once(dataset, kind):
+    load = dataset(kind)
+    found = {split: load(split) for split in SPLITS}
+    seen = {split: indices(images) for split, images in found.items()}
+    assert sorted(sum(seen.values(), [])) == [*range(TRAIN + TEST)]
+    for split, images in found.items():
+        assert [images[i][1] for i in range(len(images))] == [label(i) for i in seen[split]]
+        assert (images.num_classes, images.image_size) == (CLASSES, SIZE)
+        assert images.task == (CLASSES, SIZE)
+        assert (images.pixels.dtype, images.pixels.shape[1:]) == (np.uint8, (SIZE, SIZE, 3))
+        assert images.labels.dtype == np.int32
+        for i in range(len(images)):
+            expected = tagged(seen[split][i], gray=kind == "idx")
+            np.testing.assert_array_equal(images.pixels[i], expected)
+    assert indices(load("train")) == seen["train"]  # the same another time
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tenth_is_held_out(dataset, kind):
+    load = dataset(kind)
+    counts = {split: Counter(label(i) for i in indices(load(split))) for split in SPLITS}
+    if kind in WRITERS:  # in the order of the files
+        assert indices(load("val")) == [*range(54, 60)]
+        return
+    # Of the 20 images of a class, or 23 with those for tests, 2 for each split that is missing.
+    own_test = kind not in ("folder without parts", "npz of all")
+    sizes = {"train": 18, "val": 2, "test": 3} if own_test else {"train": 19, "val": 2, "test": 2}
+    assert counts == {split: dict.fromkeys(range(CLASSES), n) for split, n in sizes.items()}
+    first = {split: [i for i in indices(load(split)) if label(i) == 0] for split in SPLITS}
+    assert first["train"] == [*range(sizes["train"])]
+    assert first["test"] == ([60, 63, 66] if own_test else [19, 60])
+    assert first["val"] == ([18, 19] if own_test else [63, 66])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_normalised_by_the_training_split(dataset, kind):
+    load = dataset(kind)
+    images = load("train")
+    x = np.concatenate([x for x, _ in eval_batches(images, 7)])
+    changing = x.std((0, 1, 2)) > 0.01
+    np.testing.assert_allclose(x.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(x.std((0, 1, 2))[changing], 1, atol=1e-4)
+    assert changing.tolist() == [True, kind == "idx", True]
+    for split in ("val", "test"):
+        assert (load(split).mean, load(split).std) == (images.mean, images.std)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gray_images_get_three_channels_and_are_not_mirrored(dataset, kind):
+    load = dataset(kind, gray=True)
+    for split in SPLITS:
+        images = load(split)
+        assert not images.mirror
+        pixels, _ = images[0]
+        np.testing.assert_array_equal(pixels, tagged(index_of(pixels), gray=True))
+        assert len(set(images.mean)) == 1
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "idx"])
+def test_coloured_images_are_mirrored(dataset, kind):
+    assert dataset(kind)("train").mirror
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_are_resized_by_option(dataset, kind):
+    load = dataset(kind)
+    images = load("test", image_size=24)
+    pixels, _ = images[0]
+    assert (images.image_size, pixels.shape) == (24, (24, 24, 3))
+    small = Image.fromarray(tagged(index_of(pixels), gray=kind == "idx"))
+    np.testing.assert_array_equal(pixels, small.resize((24, 24), Image.Resampling.BILINEAR))
+    x, _ = next(train_batches(load("train", image_size=24), 8, seed=0))
+    assert x.shape == (8, 24, 24, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_are_no_squares_need_a_size(dataset, kind):
+    load = dataset(kind, size=(10, 14))
+    with pytest.raises(ValueError, match="10x14 pixels; give the size that .* --image-size, 8 or"):
+        load("train")
+    pixels, _ = load("train", image_size=10)[0]
+    np.testing.assert_array_equal(
+        pixels, tagged(index_of(pixels), size=(10, 10), gray=kind == "idx")
+    )
+
+
+@pytest.mark.parametrize("kind", ["array_record", "folder", "npz"])
+def test_the_centre_is_cut_out(dataset, kind, monkeypatch):
+    framed = np.full((10, 14, 3), 255, np.uint8)
+    framed[:, 2:12] = 7
+    monkeypatch.setitem(globals(), "tagged", lambda *_, **__: framed)
+    pixels, _ = dataset(kind, size=(10, 14))("train", image_size=10)[0]
+    assert (pixels == 7).all()
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "folder", "npz"])
+def test_classes_are_mixed_in_evaluation(dataset, kind):
+    """Files are class by class, and batch norm uses the statistics of batches."""
+    images = dataset(kind)("train")
+    batches = list(eval_batches(images, 18))
+    assert [len(y) for _, y in batches] == [18, 18, 18]
+    assert all(len(set(y.tolist())) == CLASSES for _, y in batches)
+    assert Counter(np.concatenate([y for _, y in batches]).tolist()) == Counter(
+        images.labels.tolist()
+    )
+
+
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record", "folder"])
+def test_large_images_are_decoded_batch_by_batch(dataset, kind):
+    load = dataset(kind, size=(100, 100))
+    images = load("train")
+    assert (images.image_size, images.pixels, images.in_memory) == (100, None, False)
+    assert not isinstance(images.records, list)
+    pixels, found = images[5]
+    np.testing.assert_array_equal(pixels, tagged(index_of(pixels), size=(100, 100)))
+    assert found == label(index_of(pixels))
+    (x, y), (again, _) = (next(train_batches(images, 4, seed=0)) for _ in range(2))
+    assert (x.shape, y.dtype) == ((4, 100, 100, 3), np.int32)
+    np.testing.assert_array_equal(x, again)
+    x, y = next(eval_batches(load("test"), TEST))
+    whole = (x * images.std + images.mean) * 255
+    assert sorted(index_of(image) for image in whole) == [*range(TRAIN, TRAIN + TEST)]
+    assert [label(index_of(image)) for image in whole] == y.tolist()
+
+
+# Splits and statistics
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train"], {"train": "train"}),
+        (["train", "test"], {"train": "train", "test": "test"}),
+        (["train", "validation"], {"train": "train", "test": "validation"}),
+        (["train", "val"], {"train": "train", "test": "val"}),
+        (["train", "test", "val"], {"train": "train", "test": "test", "val": "val"}),
+        (["train", "test", "extra"], {"train": "train", "test": "test"}),
+    ],
+)
+def test_which_official_splits_are_used(names, expected):
+    assert official_splits("it", names) == expected
+
+
+def test_of_many_images_50000_are_held_out_in_all():
+    labels = np.repeat(np.arange(5), 200_000)
+    held = part_by_class("val", labels, ("val",))
+    assert np.bincount(labels[held]).tolist() == [10_000] * 5
+    assert len(part_by_class("train", labels, ("val",))) == 950_000
+
+
+def test_statistics_are_those_of_numpy():
+    pixels = np.random.default_rng(0).integers(0, 256, (1003, 4, 4, 3)).astype(np.uint8)
+    mean, std = channel_statistics(pixels)
+    np.testing.assert_allclose(mean, (pixels / 255).mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(std, (pixels / 255).std((0, 1, 2)), rtol=1e-12)
+
+
+def test_records_that_are_many_are_read_in_parts(dataset, monkeypatch):
+    monkeypatch.setattr(records, "_CHUNK", 7)
+    assert indices(dataset("tfrecord")("train")) == [*range(54)]
+
+
+# Folders
+
+
+def test_a_folder_with_photographs_of_all_sizes_and_kinds(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        size = (20 + i, 50) if i % 3 else (50, 30)
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        path = tmp_path / ("cat", "dog")[i % 2] / f"{i}.{('jpg', 'JPEG', 'png')[i % 3]}"
+        path.parent.mkdir(exist_ok=True)
+        kind = "PNG" if path.suffix == ".png" else "JPEG"
+        path.write_bytes(encode(pixels, kind, ("L", "RGB", "RGB", "CMYK")[i % 4] if kind == "JPEG"
+                                else "P"))  # fmt: skip
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / ".thumbnails").mkdir()
+    name = f"folder:{tmp_path}"
+    with pytest.raises(ValueError, match="has images of several sizes; give the size"):
+        load_images(name, "train")
+    found = [load_images(name, split, image_size=16) for split in SPLITS]
+    assert [len(images) for images in found] == [32, 4, 4]
+    assert all(images.num_classes == 2 and images.mirror for images in found)
+    large = load_images(name, "val", image_size=100)
+    assert not large.in_memory
+    (x, y), *_ = eval_batches(large, 4)
+    assert x.shape == (4, 100, 100, 3)
+    assert sorted(y.tolist()) == [0, 0, 1, 1]
+
+
+def test_a_folder_may_have_all_its_parts(tmp_path):
+    for part, colours in (("train", [10, 20]), ("validation", [30]), ("test", [40])):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for colour in colours:
+                pixels = np.full((8, 8, 3), colour, np.uint8)
+                (tmp_path / part / name / f"{colour}.png").write_bytes(encode(pixels, "PNG"))
+    for split, colours in (("train", [10, 20, 10, 20]), ("val", [30, 30]), ("test", [40, 40])):
+        images = load_images(f"folder:{tmp_path}", split)
+        assert images.pixels[:, 0, 0, 0].tolist() == colours
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("train", "ship"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            pixels = np.full((8, 8, 3), i, np.uint8)
+            (tmp_path / name / f"{i}.png").write_bytes(encode(pixels, "PNG"))
+    images = load_images(f"folder:{tmp_path}", "val")
+    assert (images.num_classes, images.labels.tolist()) == (2, [0, 1])
+
+
+# TFDS
+
+
+def one_record(**values) -> dict:
+    image = encode(tagged(1), "PNG")
+    return {"image": image, "label": 0, "id": b"0", **values}
+
+
+def test_the_version_and_the_configuration_are_chosen_by_name(tmp_path):
+    features = {"image": image_feature(SIZE, SIZE, 3), "label": label_feature(2)}
+    for name, version, count in (("a", "1.0.0", 20), ("a", "2.0.0", 30), ("b/x", "1.0.0", 40)):
+        rows = [one_record(label=i % 2) for i in range(count)]
+        write_tfds(tmp_path, name, version, {"train": [rows]}, features=features)
+    for name, count in (("a", 30), ("a:1.0.0", 20), ("b/x", 40), ("b/x:1.0.0", 40)):
+        found = [load_images(f"tfds:{name}", split, data_dir=tmp_path) for split in SPLITS]
+        assert [len(images) for images in found] == [count * 8 // 10, count // 10, count // 10]
+    for name, error, message in (
+        ("a:3.0.0", FileNotFoundError, "/a has no version '3.0.0'; use one of 1.0.0, 2.0.0"),
+        ("b", ValueError, "/b has the configurations x; give one, as tfds:b/x"),
+        ("c", FileNotFoundError, "has no prepared c; expected .*/c/<version>"),
+        (f"{tmp_path}/a", ValueError, "has no name; use tfds:NAME, and give the folder"),
+    ):
+        with pytest.raises(error, match=message):
+            load_images(f"tfds:{name}", "train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("supervised", [(), ("photo", "fine")])
+def test_features_are_found_by_their_kind_or_as_supervised_keys(tmp_path, supervised):
+    features = {"photo": image_feature(SIZE, SIZE, 3), "fine": label_feature(4), "id": TEXT}
+    if supervised:
+        features |= {"mask": image_feature(-1, -1, 1), "coarse": label_feature(2)}
+    rows = [{"photo": encode(tagged(i), "PNG"), "fine": i % 4, "id": b"0"} for i in range(20)]
+    if supervised:
+        rows = [{**row, "mask": b"none", "coarse": 0} for row in rows]
+    write_tfds(
+        tmp_path, "own", "1.0.0", {"train": [rows]}, features=features, supervised=supervised
+    )
+    images = load_images("tfds:own", "train", data_dir=tmp_path)
+    assert images.num_classes == 4
+    assert images.labels.tolist() == [i % 4 for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"id": TEXT, "label": label_feature(2)}, r"features id \(Text\), label \(ClassLabel\); a"),
+        (
+            {"image": image_feature(8, 8, 3)},
+            r"has the features image \(Image\); a dataset with one",
+        ),
+        (
+            {"a": image_feature(8, 8, 3), "b": image_feature(8, 8, 3), "label": label_feature(2)},
+            r"a \(Image\), b \(Image\), label \(ClassLabel\); a dataset with one Image and one",
+        ),
+        (
+            {"image": image_feature(8, 8, 1, dtype="uint16"), "label": label_feature(2)},
+            "has images of uint16; images of uint8 are needed",
+        ),
+        (
+            {"image": image_feature(-1, -1, 3), "label": label_feature(2)},
+            "has images of several sizes; give the size",
+        ),
+    ],
+)
+def test_tfds_datasets_that_do_not_fit(tmp_path, features, message):
+    write_tfds(tmp_path, "own", "1.0.0", {"train": [[one_record()] * 10]}, features=features)
+    with pytest.raises(ValueError, match=message):
+        load_images("tfds:own", "train", data_dir=tmp_path)
+
+
+def test_labels_out_of_range_are_refused(tmp_path):
+    features = {"image": image_feature(SIZE, SIZE, 3), "label": label_feature(2)}
+    rows = [one_record(label=i % 2) for i in range(20)]
+    shards = {"train": [rows], "test": [[one_record(), one_record(label=7)]]}
+    write_tfds(tmp_path, "own", "1.0.0", shards, features=features)
+    with pytest.raises(ValueError, match="image 1 of tfds:own test has the label 7; use 0 to 1"):
+        load_images("tfds:own", "test", data_dir=tmp_path)
+
+
+def test_a_tfds_dataset_without_training_images(tmp_path):
+    write_tfds(tmp_path, "own", "1.0.0", {"test": [[one_record()]], "extra": [[one_record()]]})
+    with pytest.raises(ValueError, match="tfds:own has the splits 'extra', 'test'; one is needed"):
+        load_images("tfds:own", "test", data_dir=tmp_path, image_size=8)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_missing_file_is_named(tmp_path, kind):
+    name, where = write(tmp_path, kind)
+    file = tmp_path / "own" / "1.0.0" / f"own-train.{kind}-00001-of-00002"
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing; get it, or prepare the data"):
+        load_images(name, "train", **where)
+
+
+# TFRecord files
+
+
+@pytest.mark.parametrize(
+    ("data", "crc"),
+    [
+        (b"", 0),
+        (b"a", 0xC1D04330),
+        (b"123456789", 0xE3069283),
+        # RFC 3720, B.4
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+    ],
+)
+def test_crc32c_of_known_data(data, crc):
+    assert crc32c(data) == crc
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 1019, 1020, 1021, 2044, 5000])
+def test_crc32c_by_its_definition(length):
+    data = np.random.default_rng(length).bytes(length)
+    crc = 2**32 - 1
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    assert crc32c(data) == crc ^ 2**32 - 1
+
+
+# Two records, "1 1" and "1 2 1 1", as TensorFlow wrote them.
+BY_TENSORFLOW = bytes.fromhex(
+    "0300000000000000b0994" "90e31203159bed8de" "0700000000000000bbd79f11312032203120319886ebb8"
+)  # fmt: skip
+
+
+def test_files_that_tensorflow_wrote_are_read(tmp_path):
+    path = tmp_path / "x.tfrecord"
+    path.write_bytes(BY_TENSORFLOW)
+    assert find_records(path).tolist() == [[12, 3], [31, 7]]
+    assert list(TFRecords([(path, 0, 2, 2), (path, 1, 1, 2)])) == [b"1 1", b"1 2 1 1", b"1 2 1 1"]
+    path.write_bytes(b"")
+    assert len(TFRecords([(path, 0, 0, 0)])) == 0
+
+
+@pytest.mark.parametrize("position", [0, 5, 9, 13, 16, 25, 40])
+def test_a_damaged_byte_is_noticed(tmp_path, position):
+    data = bytearray(BY_TENSORFLOW)
+    data[position] ^= 4
+    path = tmp_path / "x.tfrecord"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{path} is no TFRecord file, or damaged at byte"):
+        list(TFRecords([(path, 0, 2, 2)]))
+
+
+@pytest.mark.parametrize("length", [3, 14, 25, 40])
+def test_a_file_that_ends_early_is_noticed(tmp_path, length):
+    path = tmp_path / "x.tfrecord"
+    path.write_bytes(BY_TENSORFLOW[:length])
+    with pytest.raises(ValueError, match="damaged at byte"):
+        TFRecords([(path, 0, 2, 2)])
+    path.write_bytes(BY_TENSORFLOW[:19])  # ends where a record does
+    with pytest.raises(ValueError, match="has 1 records, and dataset_info.json says 2; get it"):
+        TFRecords([(path, 0, 2, 2)])
+
+
+# Errors
+
+
+def save(**arrays):
+    """A .npz of 20 good images, but for what is given; None leaves an array out."""
+    good = {"x_train": np.zeros((20, 8, 8), np.uint8), "y_train": np.arange(20) % 2}
+    arrays = {key: value for key, value in {**good, **arrays}.items() if value is not None}
+    return lambda path: np.savez(path, **arrays)
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (save(x_train=np.full((20, 8, 8), 2.0)), "x_train is float64, from 2 to 2; use uint8, or"),
+        (save(x_train=np.full((20, 8, 8), np.nan)), "x_train is float64, from nan to nan; use"),
+        (save(x_train=np.full((20, 8, 8), 256)), "x_train is int64, from 256 to 256; use uint8"),
+        (save(x_train=np.zeros((20, 8, 8), bool)), "x_train is bool; use uint8, or floats"),
+        (save(x_train=np.zeros((20, 3, 8, 8), np.uint8)), r"shape \(20, 3, 8, 8\); use \(images"),
+        (save(x_train=np.zeros((20, 64), np.uint8)), r"x_train has the shape \(20, 64\); use"),
+        (save(x_train=np.zeros((20, 4, 4), np.uint8)), "4x4 pixels; give the size that networks"),
+        (save(y_train=np.arange(19)), r"y_train has the shape \(19,\) and x_train 20 images; give"),
+        (save(y_train=np.eye(20)), r"y_train has the shape \(20, 20\) and x_train 20 images"),
+        (save(y_train=np.arange(20) / 2), "y_train is float64; use whole numbers from 0"),
+        (save(y_train=np.array(["cat"] * 20)), "y_train is <U3; use whole numbers from 0"),
+        (save(y_train=np.arange(20) - 1), "y_train is int64, from -1; use whole numbers from 0"),
+        (save(y_train=np.arange(20) * 50), "labels up to 950 for 20 images; number the classes"),
+        (save(y_train=np.zeros(20, int)), "has 1 class; use 2 or more"),
+        (save(y_train=None), "has the arrays x_train; use x_train and y_train, with"),
+        (save(x_train=None, y_train=None, a=np.zeros(1)), "has the arrays a; use x_train and y_tr"),
+        (save(x_test=np.zeros((9, 8, 8), np.uint8)), "the arrays x_train, y_train, x_test; use"),
+        (
+            save(x_test=np.zeros((1, 8, 8), np.uint8), y_test=np.array([5])),
+            "has test images of class 5, but no training images; use 0 to 1",
+        ),
+        (
+            save(x_test=np.zeros((0, 8, 8), np.uint8), y_test=np.zeros(0, int)),
+            "x_test has no images; leave it out",
+        ),
+        (
+            save(x_train=np.zeros((4, 8, 8), np.uint8), y_train=np.arange(4) % 2),
+            "has too few images to hold out a tenth of them for 'val'; give it at least 10",
+        ),
+        (lambda path: path.write_bytes(b"no zip"), "is not a .npz file of plain arrays"),
+        (lambda path: write_npy(path, np.zeros(3)), "is not a .npz file of plain arrays"),
+        (lambda path: path.write_bytes(b""), "is not a .npz file of plain arrays"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 no zip"), "is not a .npz file of plain"),
+    ],
+)  # fmt: skip
+def test_npz_files_that_do_not_fit(tmp_path, write, message):
+    path = tmp_path / "own.npz"
+    write(path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_images(f"npz:{path}", "val")
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+class Bomb:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "npy", "npz"])
+def test_nothing_is_unpickled(tmp_path, kind):
+    gone, path = tmp_path / "gone", tmp_path / "own.npz"
+    bombs = np.array([Bomb(gone)] * 20, object)
+    with path.open("wb") as file:
+        if kind == "pickle":
+            pickle.dump(Bomb(gone), file)
+        elif kind == "npy":
+            np.save(file, bombs)
+        else:
+            np.savez(file, x_train=bombs, y_train=np.arange(20) % 2)
+    with pytest.raises(ValueError, match="is not a .npz file of plain arrays"):
+        load_images(f"npz:{path}", "train")
+    assert not gone.exists()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_other_numbers_are_taken_where_they_mean_the_same(tmp_path, dtype):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    other = pixels.astype(dtype) / (255 if dtype != np.int64 else 1)
+    np.savez(tmp_path / "x.npz", images=other.astype(dtype), labels=np.arange(20) % 2)
+    images = load_images(f"npz:{tmp_path / 'x.npz'}", "train")
+    np.testing.assert_array_equal(images.pixels[..., :1], pixels[:16])
+
+
+def change_idx(name: str, change):
+    def damage(folder: Path) -> None:
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+IDX_IMAGES, IDX_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change_idx(IDX_IMAGES, lambda data: data[:-9]), f"{IDX_IMAGES} is damaged .*; get it"),
+        (change_idx(IDX_IMAGES, lambda _: b"no gzip"), f"{IDX_IMAGES} is damaged .*; get it"),
+        (change_idx(IDX_LABELS, lambda data: data[:-1]), "or damaged: it has 67 bytes for the"),
+        (change_idx(IDX_LABELS, lambda data: data[:3]), "1 dimensions, or damaged: it has 3 byte"),
+        (change_idx(IDX_LABELS, lambda data: b"\0\0\x0d\1" + data[4:]), "is no IDX file of 1 dim"),
+        (lambda folder: (folder / IDX_LABELS).unlink(), r"no train-labels-idx1-ubyte\(.gz\), but"),
+        (lambda folder: (folder / IDX_IMAGES).unlink(), "no train-images-idx3-ubyte or train-i"),
+        (
+            lambda folder: (folder / f"emnist-letters-{IDX_IMAGES}").touch(),
+            "several sets, emnist-letters-train, train; give a folder with one of them",
+        ),
+    ],
+)  # fmt: skip
+def test_idx_files_that_do_not_fit(tmp_path, damage, message):
+    name, _ = write(tmp_path, "idx")
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        load_images(name, "test")
+    assert "\n" not in str(error.value)
+
+
+def test_an_idx_folder_without_test_images(tmp_path):
+    name, _ = write(tmp_path, "idx")
+    for path in tmp_path.glob("t10k*"):
+        path.unlink()
+    assert [len(load_images(name, split)) for split in SPLITS] == [48, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "train/a/000.png").write_bytes(b"no image"), "train/a/000.png cannot be "),
+        (lambda f: (f / "test/d").mkdir(), "test has the class 'd', which the training images"),
+        (lambda f: (f / "train/d").mkdir(), r"train/d has no .jpeg, .jpg, .png files; put the"),
+        (
+            lambda f: (f / "train/a/000.png").write_bytes(
+                encode(np.zeros((SIZE, SIZE), np.uint16), "PNG", "I;16")
+            ),
+            "train/a/000.png cannot be decoded: it has the mode 'I;16', of more than 8 bits",
+        ),
+        (
+            lambda f: (f / "train/a/000.png").write_bytes(encode(tagged(0), "PNG")[:50]),
+            "train/a/000.png cannot be decoded",
+        ),
+    ],
+)  # fmt: skip
+def test_folders_that_do_not_fit(tmp_path, change, message):
+    name, _ = write(tmp_path, "folder")
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_images(name, "train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("folder:{}/none", FileNotFoundError, "/none is no folder; give the one with a folder for"),
+        ("folder:{}", ValueError, "has 0 classes; use 2 or more"),
+        ("idx:{}/none", FileNotFoundError, "/none is no folder; give the one with "),
+        ("npz:{}/none.npz", FileNotFoundError, "/none.npz"),
+        ("folder:", ValueError, "unknown dataset 'folder:'; use one of 'digits', .*'folder:PATH'"),
+        ("zip:{}", ValueError, "unknown dataset 'zip:.*'tfds:NAME', 'folder:PATH', 'npz:PATH', 'i"),
+    ],
+)
+def test_what_is_not_there(tmp_path, name, error, message):
+    with pytest.raises(error, match=message):
+        load_images(name.format(tmp_path), "train")
+
+
+# Training
+
+
+def test_a_hypernetwork_is_made_for_the_datasets_task(tmp_path, monkeypatch):
+    name, _ = write(tmp_path / "images", "folder")
+    runs = []
+    monkeypatch.setattr(train, "train", lambda *given: runs.append(loop.setup(*given)))
+    train.main(
+        ["--preset", "demo", "--dataset", name, "--image-size", "16", "--batch-size", "6",
+         "--out", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
+    )  # fmt: skip
+    (run,) = runs
+    run.step.close()
+    assert (run.step.ghn.num_classes, run.stream.image_size) == (CLASSES, 16)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["image_size"] == 16
