@@ -206,6 +206,15 @@ def test_images_that_are_no_squares_need_a_size(dataset, kind):
     )
 
 
+@pytest.mark.parametrize("kind", ["array_record", "folder", "npz"])
+def test_the_centre_is_cut_out(dataset, kind, monkeypatch):
+    framed = np.full((10, 14, 3), 255, np.uint8)
+    framed[:, 2:12] = 7
+    monkeypatch.setitem(globals(), "tagged", lambda *_, **__: framed)
+    pixels, _ = dataset(kind, size=(10, 14))("train", image_size=10)[0]
+    assert (pixels == 7).all()
+
+
 @pytest.mark.parametrize("kind", ["tfrecord", "folder", "npz"])
 def test_classes_are_mixed_in_evaluation(dataset, kind):
     """Files are class by class, and batch norm uses the statistics of batches."""
