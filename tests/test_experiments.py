@@ -10,9 +10,12 @@ from ghn_jax.cli import paper
 from ghn_jax.data.augment import cut_out
 from ghn_jax.data.images import load_images
 from ghn_jax.deepnets1m.architecture import Architecture, Genotype
+from ghn_jax.deepnets1m.counts import count_flops, count_parameters
+from ghn_jax.deepnets1m.sampling import sample_architecture
+from ghn_jax.deepnets1m.task import Task
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import random_parameters
-from ghn_jax.evaluation.experiments import few_shot, trained_networks
+from ghn_jax.evaluation.experiments import few_shot, search, trained_networks
 from ghn_jax.evaluation.experiments.cluster import ClusterConfig, units
 from ghn_jax.evaluation.experiments.records import Records, read_records
 from ghn_jax.evaluation.experiments.trained_networks import (
@@ -27,6 +30,7 @@ from ghn_jax.evaluation.recipe import Recipe, final
 from ghn_jax.evaluation.saved_state import SavedState
 from ghn_jax.hypernet.checkpoint import save_ghn
 from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.plot.charts import pareto_front
 
 # Few operations, so that little is compiled.
 EDGES = (("conv_1x1", 0), ("skip_connect", 1))
@@ -276,6 +280,81 @@ def test_few_shot(tmp_path, digits):
                            ({"learning_rates": ()}, "at least one learning rate")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             few_shot.run(dataclasses.replace(config, **wrong))
+
+
+# --- Search ---------------------------------------------------------------------------------------
+
+
+def test_search_finds_the_best_within_limits():
+    """Of an objective that is known: against all networks, scored one by one."""
+    ghn = GHN(max_shape=(16, 16, 7, 7))
+    variables, task = ghn.init_variables(0), Task()
+
+    def objective(embeddings):
+        return embeddings @ np.linspace(-1, 1, embeddings.shape[1])
+
+    limit = 2e6
+    found = search.search(
+        ghn, variables, objective, num=12, keep=3, seed=7,
+        constraint=search.within(task, max_parameters=limit),
+    )  # fmt: skip
+    scores = {}
+    for i in range(12):
+        arch = sample_architecture("search", 7, i)
+        if count_parameters(arch) <= limit:
+            embedding = np.asarray(ghn.embed(variables, arch)).mean(0)
+            scores[i] = objective(embedding[None])[0]
+    best = sorted(scores, key=lambda i: -scores[i])[:3]
+    assert len(scores) < 12
+    assert [f.index for f in found] == best
+    for f in found:
+        assert f.score == pytest.approx(scores[f.index], abs=1e-4)
+        assert f.parameters == count_parameters(f.arch) <= limit
+        assert f.flops == count_flops(f.arch)
+    with pytest.raises(ValueError, match="num is 0"):
+        search.search(ghn, variables, objective, num=0)
+
+
+def test_the_search_by_its_command(tmp_path, monkeypatch):
+    """It goes on where it was, and its best can be trained."""
+    monkeypatch.setattr(search, "CHUNK", 8)
+    trained = Records.open(tmp_path / "trained", {})
+    for i, (name, arch) in enumerate(of_split("val", 0, 12, width=16)):
+        trained.add({"name": name, "architecture": arch.to_dict(), "final_val_top1": i / 12})
+    out = tmp_path / "out"
+    arguments = ["search", "--trained", str(trained.path.parent), "--out", str(out)]
+    paper.main([*arguments, "--num", "8"])
+    first = (out / "records.jsonl").read_text()
+    paper.main([*arguments, "--num", "20", "--keep", "4"])
+    assert (out / "records.jsonl").read_text().startswith(first)
+    rows = [row for r in read_records(out).values() for row in r["rows"]]
+    assert [row[0] for row in rows] == list(range(20))
+    best = sorted(rows, key=lambda row: -row[1])[:4]
+    assert [name for name, _ in of_file(out / "best.json")] == [f"search[{r[0]}]" for r in best]
+    assert of_file(out / "best.json")[0][1] == sample_architecture("search", 0, best[0][0])
+    assert f"search[{best[0][0]}]" in (out / "table.md").read_text()
+    assert (out / "pareto.png").stat().st_size > 5000
+    for wrong, message in ((["--trained"], "--trained is empty"),
+                           (["--trained", str(out / "x")], "no folder"),
+                           (["--property", "top2"], "no 'top2'; it has final_val_top1"),
+                           (["--max-parameters", "10"], "another folder")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            paper.main([*arguments, *wrong])
+
+
+def test_pareto_front():
+    rng = np.random.default_rng(0)
+    cost, score = rng.integers(0, 20, (2, 60)).astype(float)
+    front = set(pareto_front(cost, score).tolist())
+    for i in range(60):
+        better = [j for j in range(60)
+                  if cost[j] <= cost[i] and score[j] >= score[i]
+                  and (cost[j], score[j]) != (cost[i], score[i])]  # fmt: skip
+        same = [j for j in front if (cost[j], score[j]) == (cost[i], score[i])]
+        assert bool(same) == (not better)
+
+
+# --- What is refused ------------------------------------------------------------------------------
 
 
 def test_shots_are_the_first_of_each_class_in_file_order(digits):

@@ -116,8 +116,9 @@ def test_requirements_are_those_of_all_extras():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     listed = {re.sub(r"\s*#.*", "", line) for line in lines} - {""}
     extras = PROJECT["optional-dependencies"]
-    assert listed == {*PROJECT["dependencies"], *extras["train"], *extras["plot"]}
-    assert extras["all"] == ["ghn_jax[train,plot]"]
+    parts = ("train", "plot", "cluster")
+    assert listed == {*PROJECT["dependencies"], *(line for part in parts for line in extras[part])}
+    assert extras["all"] == [f"ghn_jax[{','.join(parts)}]"]
 
 
 WITHOUT_EXTRAS = """
@@ -125,7 +126,8 @@ import sys
 class NotInstalled:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
-        if top in {"matplotlib", "tensorflow_datasets", "array_record", "sklearn"}:
+        if top in {"matplotlib", "tensorflow_datasets", "array_record", "sklearn",
+                   "submitit"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=top)
 sys.meta_path.insert(0, NotInstalled())
 from ghn_jax.cli import convert, deepnets1m, evaluate, predict, train
