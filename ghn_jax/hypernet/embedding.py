@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.hypernet.padding import next_power_of_two, pad_graphs
 
 WINDOW = 16  # batches that are read ahead, to find graphs of about the same size
+WIDTH = 2  # of sweeps: a single graph's levels have less than two nodes on average
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -23,7 +25,7 @@ def _means(ghn: GHN, variables, graphs: jraph.GraphsTuple) -> jax.Array:
     """(B, d) mean state of the nodes of each of B graphs that were padded one by one."""
 
     def mean(graph: jraph.GraphsTuple) -> jax.Array:
-        states, n = ghn.apply(variables, graph), graph.n_node[0]
+        states, n = cast(jax.Array, ghn.apply(variables, graph)), graph.n_node[0]
         real = jnp.arange(len(states)) < n
         return jnp.where(real[:, None], states, 0).sum(0) / n
 
@@ -42,7 +44,7 @@ def _stack(graphs: Sequence[Graph], size: int) -> jraph.GraphsTuple:
     """Up to `size` graphs, each padded to the same size; the last again where there are fewer."""
     n_node = _rounded_up(max(len(g) for g in graphs) + 1)
     n_edge = next_power_of_two(max(len(g.edges) for g in graphs))
-    padded = [pad_graphs([g], n_node, n_edge, n_step=n_node) for g in graphs]
+    padded = [pad_graphs([g], n_node, n_edge, n_step=n_node, width=WIDTH) for g in graphs]
     padded += [padded[-1]] * (size - len(padded))
     return jax.tree.map(lambda *arrays: np.stack(arrays), *padded)
 

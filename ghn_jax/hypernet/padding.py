@@ -35,8 +35,8 @@ def _levels(n_node: int, from_: np.ndarray, to: np.ndarray) -> np.ndarray:
     return level
 
 
-def _schedule(levels: np.ndarray, padding: int) -> np.ndarray:
-    """(steps, SWEEP_WIDTH) nodes to update at each step of a sweep, `padding` where there is none.
+def _schedule(levels: np.ndarray, padding: int, width: int) -> np.ndarray:
+    """(steps, width) nodes to update at each step of a sweep, `padding` where there is none.
 
     The GatedGNN updates a node after all those it hears from. Nodes on one topological level do
     not hear each other, so they are updated together; a wide level takes several steps.
@@ -45,11 +45,11 @@ def _schedule(levels: np.ndarray, padding: int) -> np.ndarray:
     sorted_levels = levels[order]
     starts = np.flatnonzero(np.r_[True, sorted_levels[1:] != sorted_levels[:-1]])
     within = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
-    steps_before = np.cumsum(np.r_[0, -(-np.diff(np.r_[starts, len(order)]) // SWEEP_WIDTH)])
+    steps_before = np.cumsum(np.r_[0, -(-np.diff(np.r_[starts, len(order)]) // width)])
     level_index = np.cumsum(np.r_[False, sorted_levels[1:] != sorted_levels[:-1]])
-    step = steps_before[level_index] + within // SWEEP_WIDTH
-    rows = np.full((int(steps_before[-1]), SWEEP_WIDTH), padding, np.int32)
-    rows[step, within % SWEEP_WIDTH] = order
+    step = steps_before[level_index] + within // width
+    rows = np.full((int(steps_before[-1]), width), padding, np.int32)
+    rows[step, within % width] = order
     return rows
 
 
@@ -64,6 +64,7 @@ def pad_graphs(
     n_edge: int | None = None,
     *,
     n_step: int | None = None,
+    width: int = SWEEP_WIDTH,
 ) -> jraph.GraphsTuple:
     """Joins graphs to one padded graph of static shape, in jraph's convention.
 
@@ -75,6 +76,7 @@ def pad_graphs(
       n_node, n_edge: number of nodes (at least one more than the graphs have) and of edges to pad
         to; the next power of two if not given.
       n_step: number of sweep steps to pad to; the next power of two if not given.
+      width: nodes that a sweep step updates at once, at most.
 
     Returns:
       GraphsTuple with
@@ -83,7 +85,7 @@ def pad_graphs(
         edges: {'distance': (n_edge,) int32}, 0 for padding;
         senders, receivers: (n_edge,) int32;
         n_node, n_edge: (len(graphs) + 1,) int32;
-        globals: {'forward', 'backward': (n_step, SWEEP_WIDTH) int32}, the nodes that each step of
+        globals: {'forward', 'backward': (n_step, width) int32}, the nodes that each step of
           the GatedGNN's two sweeps updates; n_node stands for none.
 
     Raises:
@@ -124,7 +126,7 @@ def pad_graphs(
         ("backward", mirror - real[:, 1], mirror - real[:, 0]),
     ):
         levels = _levels(total, from_, to)
-        rows = _schedule(levels if name == "forward" else levels[::-1], n_node)
+        rows = _schedule(levels if name == "forward" else levels[::-1], n_node, width)
         sweeps[name] = rows
     steps = max(len(rows) for rows in sweeps.values())
     n_step = next_power_of_two(steps) if n_step is None else n_step
@@ -133,7 +135,7 @@ def pad_graphs(
             f"the graphs need {steps} sweep steps, more than n_step={n_step}; raise it"
         )
     for name, rows in sweeps.items():
-        padding = np.full((n_step - len(rows), SWEEP_WIDTH), n_node, np.int32)
+        padding = np.full((n_step - len(rows), width), n_node, np.int32)
         sweeps[name] = np.concatenate([rows, padding])
     return jraph.GraphsTuple(
         nodes={"primitive": primitive, "shape": shape},

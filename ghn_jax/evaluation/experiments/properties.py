@@ -1,0 +1,265 @@
+"""Accuracy, robustness, speed and convergence predicted from embeddings (paper § 5.2, Fig. 4, 11).
+
+    results = predict_properties(val_records, test_records, {"GHN-2": (ghn, variables)})
+    print(table(results))
+    figure(results, "properties.png")
+
+A record is a dict of a trained network: `architecture` (`Architecture.to_dict`), `val_top1` and
+`val_top1_noise` (fractions), `inference_seconds`, and `convergence`, the part of training after
+which the network had learned the training images (2 for never).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.graph import build_graph
+from ghn_jax.evaluation.experiments import neupred
+from ghn_jax.evaluation.experiments.regression import (
+    Result,
+    correlations,
+    predict_property,
+    rank_correlation,
+)
+from ghn_jax.hypernet.embedding import embed_graphs
+from ghn_jax.hypernet.ghn import GHN
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NEUPRED = "NeuPred"
+# Seconds depend on the device. Rounding, and the regression's grid, are for numbers of about ten,
+# as the authors' seconds are, so all are brought to this mean.
+MEAN_SECONDS = 10.0
+
+
+class Property(NamedTuple):
+    """Something that is measured of a trained network.
+
+    Attributes:
+      name: as figures have it.
+      key: of a record.
+      rounded: predictions to integers, see `regression.predict_property`.
+      low, high: what a record may say.
+    """
+
+    name: str
+    key: str
+    rounded: bool
+    low: float
+    high: float
+
+
+PROPERTIES = (
+    Property("clean accuracy", "val_top1", True, 0, 1),
+    Property("noisy accuracy", "val_top1_noise", True, 0, 1),
+    Property("inference time", "inference_seconds", True, 0, np.inf),
+    Property("convergence time", "convergence", False, 0, 2),
+)
+
+
+def property_values(records: Sequence[Mapping]) -> dict[str, np.ndarray]:
+    """The properties of some networks: name -> (N,), accuracies in per cent.
+
+    Raises:
+      ValueError: no records, one that lacks a property, or a value that is out of range.
+    """
+    if not records:
+        raise ValueError("there are no records; give one for each network")
+    columns = {}
+    for p in PROPERTIES:
+        values = []
+        for i, record in enumerate(records):
+            value = record.get(p.key)
+            if not isinstance(value, (int, float)) or not p.low <= value <= p.high:
+                raise ValueError(
+                    f"{p.key} of record {i} is {value!r}; allowed: {p.low} to {p.high}"
+                )
+            values.append(float(value))
+        scale = 100.0 if p.high == 1 else 1.0
+        columns[p.name] = scale * np.array(values)
+    return columns
+
+
+def predict_properties(
+    fit_records: Sequence[Mapping],
+    test_records: Sequence[Mapping],
+    ghns: Mapping[str, tuple[GHN, Mapping]],
+    *,
+    image_size: int = 32,
+    neupred_runs: int = 5,
+    neupred_epochs: int = 300,
+    progress: bool = False,
+) -> list[dict]:
+    """How well methods rank networks by their properties when they have been told those of others.
+
+    Args:
+      fit_records: of the networks to fit to.
+      test_records: of the networks to rank.
+      ghns: name -> hypernetwork and its variables; networks' embeddings are regressed from.
+      image_size: height and width of the images, in pixels.
+      neupred_runs: seeds of the baseline, which is trained for each property; 0 leaves it out.
+      neupred_epochs: passes over the networks to fit to.
+      progress: shows bars.
+
+    Returns:
+      For each property and method {'property', 'method', 'mean', 'std', 'taus'}: Kendall's tau over
+      runs (Fig. 4).
+
+    Raises:
+      ValueError: see `property_values` and `regression.fit`.
+    """
+    fit_values, test_values = property_values(fit_records), property_values(test_records)
+    architectures = [
+        [Architecture.from_dict(record["architecture"]) for record in records]
+        for records in (fit_records, test_records)
+    ]
+
+    def bar(items, what: str):
+        return tqdm(items, desc=what, disable=not progress, leave=False)
+
+    results: dict[tuple[str, str], Result] = {}
+    targets = {p: _targets(p, fit_values[p.name], test_values[p.name]) for p in PROPERTIES}
+    for name, (ghn, variables) in ghns.items():
+        fit_x, test_x = (
+            embed_graphs(
+                ghn,
+                variables,
+                (ghn.graph(arch, image_size=image_size) for arch in bar(some, f"{name} embedding")),
+            )
+            for some in architectures
+        )
+        for p, (fit_y, test_y) in bar(targets.items(), f"{name} regression"):
+            results[p.name, name] = predict_property(fit_x, fit_y, test_x, test_y, p.rounded)
+    if neupred_runs:
+        fit_graphs, test_graphs = (
+            [build_graph(arch, 1, image_size=image_size) for arch in bar(some, "graphs")]
+            for some in architectures
+        )
+        for p, (fit_y, test_y) in targets.items():
+            taus = []
+            for seed in bar(range(neupred_runs), f"{NEUPRED}, {p.name}"):
+                fitted = neupred.fit(fit_graphs, fit_y, epochs=neupred_epochs, seed=seed)
+                predicted = fitted.predict(test_graphs)
+                predicted = np.round(predicted) if p.rounded else predicted
+                taus.append(rank_correlation(predicted, test_y))
+            results[p.name, NEUPRED] = Result.of(taus)
+    return [
+        {
+            "property": p.name,
+            "method": method,
+            "mean": result.mean,
+            "std": result.std,
+            "taus": result.taus.tolist(),
+        }
+        for p in PROPERTIES
+        for (name, method), result in results.items()
+        if name == p.name
+    ]
+
+
+def _targets(p: Property, fit_y: np.ndarray, test_y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A property in the units that it is fitted in."""
+    scale = MEAN_SECONDS / fit_y.mean() if p.key == "inference_seconds" else 1.0
+    return scale * fit_y, scale * test_y
+
+
+def _names(results: Sequence[Mapping], key: str) -> list[str]:
+    return list(dict.fromkeys(result[key] for result in results))
+
+
+def table(results: Sequence[Mapping]) -> str:
+    """Markdown: Kendall's tau of each property and method, mean ± standard deviation."""
+    methods = _names(results, "method")
+    cells = {(r["property"], r["method"]): f"{r['mean']:.3f} ± {r['std']:.3f}" for r in results}
+    lines = [f"| property | {' | '.join(methods)} |", "|---" * (1 + len(methods)) + "|"]
+    for name in _names(results, "property"):
+        row = [cells.get((name, method), "–") for method in methods]
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+_COLORS = ("#c8c8c8", "#7aa3dc", "#123a80", "#e39b2d", "#3d8b57", "#7b52a3")
+
+
+def figure(results: Sequence[Mapping], path: str | os.PathLike | None = None) -> Figure:
+    """Draws Fig. 4: a bar for each property and method, error bars of a standard deviation.
+
+    Args:
+      results: of `predict_properties`.
+      path: where to save the picture, .png or .pdf; None: nowhere.
+
+    Raises:
+      ValueError: another suffix, or no results.
+      FileNotFoundError: the folder of `path` does not exist.
+    """
+    from ghn_jax.plot.figure import canvas, check_path, save  # matplotlib is of an extra
+
+    path = check_path(path)
+    if not results:
+        raise ValueError("there are no results to draw")
+    methods, names = _names(results, "method"), _names(results, "property")
+    picture = canvas(1.5 + 1.6 * len(names), 3.6)
+    picture.set_layout_engine("constrained")
+    axes = picture.subplots()
+    width = 0.8 / len(methods)
+    for i, method in enumerate(methods):
+        mine = [r for r in results if r["method"] == method]
+        aside = (i - (len(methods) - 1) / 2) * width
+        axes.bar(
+            [names.index(r["property"]) + aside for r in mine],
+            [r["mean"] for r in mine],
+            width,
+            yerr=[r["std"] for r in mine],
+            color=_COLORS[i % len(_COLORS)],
+            error_kw={"elinewidth": 0.9},
+            label=method,
+        )
+    axes.axhline(0, color="#444444", linewidth=0.8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("Kendall's τ")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis="y", color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    picture.legend(loc="outside upper left", frameon=False, ncols=len(methods), fontsize=9)
+    return save(picture, path)
+
+
+def correlation_figure(
+    properties: Mapping[str, np.ndarray], path: str | os.PathLike | None = None
+) -> Figure:
+    """Draws Fig. 11: Kendall's tau between properties of the same networks.
+
+    Args:
+      properties: name -> (N,) values, as from `property_values`.
+      path: where to save the picture, .png or .pdf; None: nowhere.
+
+    Raises:
+      ValueError: another suffix, or no properties.
+      FileNotFoundError: the folder of `path` does not exist.
+    """
+    from ghn_jax.plot.figure import canvas, check_path, save  # matplotlib is of an extra
+
+    path = check_path(path)
+    if not properties:
+        raise ValueError("there are no properties to draw")
+    matrix, names = correlations(properties), list(properties)
+    picture = canvas(2.2 + 0.9 * len(names), 1.8 + 0.8 * len(names))
+    picture.set_layout_engine("constrained")
+    axes = picture.subplots()
+    shown = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    for row, column in np.ndindex(matrix.shape):
+        tau = matrix[row, column]
+        color = "white" if abs(tau) > 0.6 else "black"
+        axes.text(column, row, f"{tau:.2f}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.spines[:].set_visible(False)
+    picture.colorbar(shown, ax=axes, label="Kendall's τ")
+    return save(picture, path)
