@@ -27,6 +27,8 @@ PROG = "ghn-paper"
 # Name of an experiment -> what it is; its file is named after it.
 EXPERIMENTS = {
     "trained-networks": "networks trained by SGD or Adam (Tables 3 and 4, lower halves)",
+    "properties": "properties predicted from embeddings (Fig. 4, 11)",
+    "nasbench201": "the same on the networks of NAS-Bench-201",
     "search": "architecture search by predicted accuracy (Table 9)",
     "few-shot": "fine-tuning on 100 images of each class (Table 6, left)",
 }

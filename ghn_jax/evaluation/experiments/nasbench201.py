@@ -1,4 +1,10 @@
-"""NAS-Bench-201 (Dong & Yang 2020): do embeddings tell which of 15,625 networks are good?
+r"""NAS-Bench-201 (Dong & Yang 2020): do embeddings tell which of 15,625 networks are good?
+
+    ghn-paper nasbench201 --table nasbench201.npz --ghn runs/ghn2 --out runs/nasbench201
+    ghn-paper nasbench201 --table nasbench201.npz --quick
+
+Its networks have been trained, so how well a method ranks those that it was not told of is known.
+The table is a .npz file of cells and accuracies. In Python:
 
     table = read("nasbench201.npz")
     cells = [parse_cell(text) for text in table.cells]
@@ -13,13 +19,15 @@ were trained one by one and differ by the noise of training.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,10 +38,15 @@ from tqdm import tqdm
 from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.deepnets1m.wiring import DisconnectedError
 from ghn_jax.evaluation.experiments import neupred, regression
+from ghn_jax.evaluation.experiments.records import write_beside
+from ghn_jax.hypernet.checkpoint import load_ghn
 from ghn_jax.hypernet.embedding import embed_graphs
 from ghn_jax.hypernet.gatedgnn import linear_init
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.tracing.flow import Flow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 # (from, to) of a cell's edges, in the order of a cell string.
@@ -445,3 +458,139 @@ def _predict(known: Features, values, drawn, others, seed: int) -> np.ndarray:
     if known.ndim == 1:
         return known[others]
     return regression.fit(known[drawn], values[drawn], np.arange(len(drawn))).predict(known[others])
+
+
+# --- The experiment -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which networks are ranked, and by what."""
+
+    table: Path | None = None  # .npz file with `cell`, `columns` and `accuracy`
+    ghn: tuple[Path, ...] = ()  # hypernetworks; default: an untrained one
+    dataset: str = "cifar10"  # of the table's columns: cifar10, cifar100 or imagenet
+    cells: int | None = None  # so many, drawn at random; default: all that are connected
+    sizes: tuple[int, ...] = (10, 50, 100, 500)  # numbers of networks to fit to
+    draws: int = 5  # of them
+    neupred: bool = True  # train the baseline too, which takes longest
+    seed: int = 0  # of the cells that are drawn
+    out: Path = Path("runs/nasbench201")  # folder for results, table and figure
+
+
+def quick() -> Config:
+    """200 cells, and no NeuPred: a minute on two cores."""
+    return Config(
+        cells=200, sizes=(10, 50), draws=2, neupred=False, out=Path("runs/quick/nasbench201")
+    )
+
+
+def _columns(table: Table, dataset: str) -> tuple[np.ndarray, np.ndarray]:
+    """Validation and test accuracies of a dataset."""
+
+    def column(part: str) -> np.ndarray:
+        name = f"{dataset}-{part}"
+        if name not in table.accuracy:
+            raise ValueError(f"--dataset is {dataset!r}, but the table has no column {name!r}; it "
+                             f"has {', '.join(table.accuracy)}")  # fmt: skip
+        return table.accuracy[name]
+
+    return column("val"), column("test")
+
+
+def run(config: Config) -> list[Row]:
+    """Ranks the networks; writes results, a table and a figure.
+
+    Raises:
+      ValueError: no table, or options that it does not go together with.
+    """
+    if config.table is None:
+        raise ValueError("--table is missing; give a .npz file with cell, columns and accuracy")
+    table = read(config.table)
+    validation, test = _columns(table, config.dataset)
+    cells = [parse_cell(text) for text in table.cells.tolist()]
+    chosen = np.array([i for i, cell in enumerate(cells) if is_connected(cell)])
+    if config.cells is not None:
+        if not max(config.sizes) < config.cells <= len(chosen):
+            raise ValueError(f"--cells is {config.cells}; allowed: {max(config.sizes) + 1} to "
+                             f"{len(chosen)}")  # fmt: skip
+        rng = np.random.default_rng(config.seed)
+        chosen = np.sort(rng.choice(chosen, config.cells, replace=False))
+    cells = [cells[i] for i in chosen]
+    ghns = {path.name: load_ghn(path) for path in config.ghn}
+    if not ghns:
+        ghn = GHN()
+        ghns = {"untrained GHN-2": (ghn, ghn.init_variables(0))}
+    features: dict[str, Features] = {
+        name: embed_cells(*loaded, cells, progress=True) for name, loaded in ghns.items()
+    }
+    if config.neupred:
+        features["NeuPred"] = [cell_graph(cell, 1) for cell in cells]
+    features["parameters"] = np.array([count_parameters(cell) for cell in cells])
+    features["FLOPs"] = np.array([count_flops(cell) for cell in cells])
+    rows = search_curve(
+        features, validation[chosen], test[chosen], config.sizes, config.draws, progress=True
+    )
+    config.out.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"method": r.method, "size": r.size, "tau": r.tau.taus.tolist(),
+         "test_accuracy": r.accuracy.taus.tolist()}
+        for r in rows
+    ]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_beside(config.out / "results.jsonl", text)
+    write_beside(config.out / "table.md", table_of(rows))
+    figure(rows, config.out / "nasbench201.png")
+    print(f"{len(cells)} networks, {config.dataset}\n\n{table_of(rows)}")
+    return rows
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """Markdown: Kendall's tau, and the test accuracy of the network that is taken for the best."""
+    lines = ["| method | fitted to | Kendall's τ | test accuracy of the best found, % |",
+             "|---|---|---|---|"]  # fmt: skip
+    lines += [f"| {r.method} | {r.size} | {r.tau.mean:.3f} ± {r.tau.std:.3f} | "
+              f"{r.accuracy.mean:.2f} ± {r.accuracy.std:.2f} |" for r in rows]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: Sequence[Row], path: str | os.PathLike | None = None) -> Figure:
+    """Draws tau and accuracy against the number of networks that a method was told of.
+
+    Args:
+      rows: of `search_curve`.
+      path: where to save the picture, .png or .pdf; None: nowhere.
+
+    Raises:
+      ValueError: another suffix, or no rows.
+      FileNotFoundError: the folder of `path` does not exist.
+    """
+    from ghn_jax.plot.figure import canvas, check_path, save  # matplotlib is of an extra
+
+    path = check_path(path)
+    if not rows:
+        raise ValueError("there are no rows to draw")
+    picture = canvas(9.0, 3.6)
+    picture.set_layout_engine("constrained")
+    panels = picture.subplots(1, 2)
+    sizes = sorted({row.size for row in rows})
+    for method in dict.fromkeys(row.method for row in rows):
+        mine = {row.size: row for row in rows if row.method == method}
+        for axes, name in zip(panels, ("tau", "accuracy"), strict=True):
+            if name == "tau" and method in (RANDOM, BEST):
+                continue
+            results = [getattr(mine[size], name) for size in sizes]
+            axes.errorbar(
+                sizes, [r.mean for r in results], [r.std for r in results],
+                marker="o", markersize=3, linewidth=1.2, capsize=2, label=method,
+            )  # fmt: skip
+    for axes, label in zip(panels, ("Kendall's τ", "test accuracy of the best found, %"),
+                           strict=True):  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set(xlabel="networks that the method was told of", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, color="#e6e6e6", linewidth=0.6)
+    panels[1].legend(frameon=False, fontsize=8)
+    return save(picture, path)

@@ -1,18 +1,20 @@
-"""Accuracy, robustness, speed and convergence predicted from embeddings (paper § 5.2, Fig. 4, 11).
+r"""Accuracy, robustness, speed and convergence predicted from embeddings (paper § 5.2, Fig. 4, 11).
 
-    results = predict_properties(val_records, test_records, {"GHN-2": (ghn, variables)})
-    print(table(results))
-    figure(results, "properties.png")
+    ghn-paper properties --fit runs/sgd-val --test runs/sgd-test --ghn runs/ghn2 runs/ghn1
+    ghn-paper properties --quick
 
-A record is a dict of a trained network: `architecture` (`Architecture.to_dict`), `val_top1` and
-`val_top1_noise` (fractions), `inference_seconds`, and `convergence`, the part of training after
-which the network had learned the training images (2 for never).
+A regression from the embeddings of networks that were trained to each of their properties ranks
+others; Kendall's tau says how well. `ghn-paper trained-networks` writes what `--fit` and `--test`
+name. NeuPred, which is trained for each property, is the baseline.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,12 +23,14 @@ from tqdm import tqdm
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import build_graph
 from ghn_jax.evaluation.experiments import neupred
+from ghn_jax.evaluation.experiments.records import read_records, write_beside
 from ghn_jax.evaluation.experiments.regression import (
     Result,
     correlations,
     predict_property,
     rank_correlation,
 )
+from ghn_jax.hypernet.checkpoint import load_ghn
 from ghn_jax.hypernet.embedding import embed_graphs
 from ghn_jax.hypernet.ghn import GHN
 
@@ -57,7 +61,7 @@ class Property(NamedTuple):
 
 
 PROPERTIES = (
-    Property("clean accuracy", "val_top1", True, 0, 1),
+    Property("clean accuracy", "final_val_top1", True, 0, 1),
     Property("noisy accuracy", "val_top1_noise", True, 0, 1),
     Property("inference time", "inference_seconds", True, 0, np.inf),
     Property("convergence time", "convergence", False, 0, 2),
@@ -263,3 +267,64 @@ def correlation_figure(
     axes.spines[:].set_visible(False)
     picture.colorbar(shown, ax=axes, label="Kendall's τ")
     return save(picture, path)
+
+
+# --- The experiment -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Networks whose properties are known, and what they are predicted from."""
+
+    fit: tuple[Path, ...] = (Path("runs/sgd-val"),)  # folders of trained networks to fit to
+    test: tuple[Path, ...] = (Path("runs/sgd-test"),)  # of those to rank; none: half of `fit`
+    ghn: tuple[Path, ...] = ()  # hypernetworks; default: an untrained one
+    image_size: int = 32  # of the images, in pixels
+    neupred_runs: int = 5  # seeds of the baseline; 0 leaves it out
+    neupred_epochs: int = 300  # passes over the networks to fit to
+    out: Path = Path("runs/properties")  # folder for results, table and figures
+
+
+def quick() -> Config:
+    """Of the networks that `ghn-paper trained-networks --quick` has trained."""
+    return Config(
+        fit=(Path("runs/quick/trained_networks"),), test=(), image_size=16, neupred_runs=1,
+        neupred_epochs=20, out=Path("runs/quick/properties"),
+    )  # fmt: skip
+
+
+def _records(folders: Sequence[Path]) -> list[dict]:
+    found = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; make it with ghn-paper trained-networks")
+        some = read_records(folder).values()
+        found += [record for record in some if isinstance(record["architecture"], dict)]
+    return found
+
+
+def run(config: Config) -> list[dict]:
+    """Predicts all properties; writes results, table and figures.
+
+    Raises:
+      ValueError: folders without trained networks, or too few of them.
+    """
+    fit, test = _records(config.fit), _records(config.test)
+    if not config.test:
+        fit, test = fit[: len(fit) // 2], fit[len(fit) // 2 :]
+    ghns = {path.name: load_ghn(path) for path in config.ghn}
+    if not ghns:
+        ghn = GHN()
+        ghns = {"untrained GHN-2": (ghn, ghn.init_variables(0))}
+    results = predict_properties(
+        fit, test, ghns, image_size=config.image_size, neupred_runs=config.neupred_runs,
+        neupred_epochs=config.neupred_epochs, progress=True,
+    )  # fmt: skip
+    config.out.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(result) + "\n" for result in results)
+    write_beside(config.out / "results.jsonl", lines)
+    write_beside(config.out / "table.md", table(results))
+    figure(results, config.out / "properties.png")
+    correlation_figure(property_values(test), config.out / "correlations.png")
+    print(f"Kendall's tau, {len(fit)} networks to fit to, {len(test)} to rank\n\n{table(results)}")
+    return results
