@@ -15,7 +15,7 @@ from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import random_parameters
-from ghn_jax.evaluation.experiments import few_shot, search, trained_networks
+from ghn_jax.evaluation.experiments import few_shot, nasbench201, search, trained_networks
 from ghn_jax.evaluation.experiments.cluster import ClusterConfig, units
 from ghn_jax.evaluation.experiments.records import Records, read_records
 from ghn_jax.evaluation.experiments.trained_networks import (
@@ -352,6 +352,57 @@ def test_pareto_front():
                   and (cost[j], score[j]) != (cost[i], score[i])]  # fmt: skip
         same = [j for j in front if (cost[j], score[j]) == (cost[i], score[i])]
         assert bool(same) == (not better)
+
+
+# --- Properties -----------------------------------------------------------------------------------
+
+
+def test_properties_by_the_command(tmp_path, capsys):
+    trained = Records.open(tmp_path / "trained", {})
+    for i, (name, arch) in enumerate(of_split("val", 0, 22, width=16)):
+        trained.add({
+            "name": name, "architecture": arch.to_dict(), "final_val_top1": i / 40,
+            "val_top1_noise": (i % 7) / 10, "inference_seconds": 1 + i % 5, "convergence": 2.0,
+        })  # fmt: skip
+    trained.add({"name": "resnet18", "architecture": "resnet18"})  # has no embedding here
+    out = tmp_path / "out"
+    arguments = ["properties", "--fit", str(tmp_path / "trained"), "--test", "--neupred-runs", "0",
+                 "--out", str(out)]  # fmt: skip
+    paper.main(arguments)
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [r["property"] for r in results] == ["clean accuracy", "noisy accuracy",
+                                                "inference time", "convergence time"]  # fmt: skip
+    assert all(len(r["taus"]) == 5 for r in results)
+    assert results[-1]["mean"] == 0  # all are equal: nothing is ranked
+    assert "11 networks to fit to, 11 to rank" in capsys.readouterr().out
+    for name in ("table.md", "properties.png", "correlations.png"):
+        assert (out / name).stat().st_size > 100
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        paper.main(["properties", "--fit", "nowhere"])
+
+
+def test_nasbench201_by_its_command(tmp_path):
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 5, (40, 6))
+    cells = [nasbench201.format_cell([nasbench201.OPERATIONS[k] for k in row]) for row in kinds]
+    accuracy = rng.uniform(10, 90, (40, 2)).astype(np.float32)
+    path = tmp_path / "table.npz"
+    np.savez(path, cell=np.array(cells, "S"), columns=np.array(["cifar10-val", "cifar10-test"]),
+             accuracy=accuracy)  # fmt: skip
+    arguments = ["nasbench201", "--quick", "--table", str(path), "--out", str(tmp_path / "out")]
+    paper.main([*arguments, "--cells", "24", "--sizes", "10"])
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    methods = [json.loads(line)["method"] for line in lines]
+    assert methods == ["untrained GHN-2", "parameters", "FLOPs", "random", "best"]
+    assert (tmp_path / "out" / "nasbench201.png").stat().st_size > 5000
+    for wrong, message in (
+        (["--cells", "5"], "--cells is 5; allowed: 51"),
+        (["--dataset", "svhn"], "no column 'svhn-val'; it has cifar10-val"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paper.main([*arguments, *wrong])
+    with pytest.raises(ValueError, match="--table is missing"):
+        paper.main(["nasbench201"])
 
 
 # --- What is refused ------------------------------------------------------------------------------

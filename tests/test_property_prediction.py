@@ -290,7 +290,7 @@ def record(architecture):
     nodes = len(build_graph(architecture, 1))
     return {
         "architecture": architecture.to_dict(),
-        "val_top1": nodes / 200,
+        "final_val_top1": nodes / 200,
         "val_top1_noise": 0.9 - nodes / 200,
         "inference_seconds": 1e-3 * nodes,
         "convergence": nodes / 100,
@@ -346,10 +346,10 @@ def test_seconds_do_not_depend_on_the_device():
 def test_values_of_records(architectures):
     records = [record(a) for a in architectures[:3]]
     values = properties.property_values(records)
-    assert values["clean accuracy"][0] == pytest.approx(100 * records[0]["val_top1"])
+    assert values["clean accuracy"][0] == pytest.approx(100 * records[0]["final_val_top1"])
     assert values["convergence time"][0] == records[0]["convergence"]
-    with pytest.raises(ValueError, match=r"val_top1 of record 1 is 87.0; allowed: 0 to 1"):
-        properties.property_values([records[0], {**records[1], "val_top1": 87.0}])
+    with pytest.raises(ValueError, match=r"final_val_top1 of record 1 is 87.0; allowed: 0 to 1"):
+        properties.property_values([records[0], {**records[1], "final_val_top1": 87.0}])
     with pytest.raises(ValueError, match="convergence of record 0 is None"):
         properties.property_values([{**records[0], "convergence": None}])
     with pytest.raises(ValueError, match="inference_seconds of record 0 is nan"):
