@@ -233,13 +233,13 @@ def test_files_that_are_no_table(tmp_path):
 
 
 def test_embeddings_of_cells():
-    ghn, cells = ghn_jax.ghn1(), random_cells(3)
+    ghn, cells = ghn_jax.GHN(virtual_edges=10), random_cells(3)
     variables = jax.jit(ghn.init)(
-        jax.random.key(0), ghn_jax.pad_graphs([nb.cell_graph(cells[0], 1)])
+        jax.random.key(0), ghn_jax.pad_graphs([nb.cell_graph(cells[0], 10)])
     )
     found = nb.embed_cells(ghn, variables, cells)
     for cell, embedding in zip(cells, found, strict=True):
-        states = np.asarray(ghn.embed(variables, nb.cell_graph(cell, 1)))
+        states = np.asarray(ghn.embed(variables, nb.cell_graph(cell, 10)))
         np.testing.assert_allclose(embedding, states.mean(0), rtol=1e-4, atol=1e-5)
 
 
