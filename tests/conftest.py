@@ -54,3 +54,12 @@ def shared() -> Path:
     if not (path / "golden").is_dir():
         pytest.skip(f"no golden files at {path}; set GHN_JAX_SHARED")
     return path
+
+
+# Minutes each: begun first, so that both cores end at about the same time.
+_LONG = ("test_parity", "test_training", "test_experiments", "test_engine", "test_network_training")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first; all else stays in order."""
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else 9)

@@ -1,9 +1,11 @@
 """Updates of the hypernetwork, the training program, and what it leaves on disk."""
 
 import dataclasses
+import itertools
 import json
 import threading
 import time
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from ghn_jax.engine.compilation import CompilationCounter
 from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.plan import make_plan
 from ghn_jax.engine.programs import Programs
-from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.hypernet.checkpoint import load_ghn, save_ghn
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.hypernet.padding import pad_graphs
 from ghn_jax.training import loop
@@ -380,6 +382,30 @@ def test_what_cannot_work_ends_at_once_in_a_sentence(arguments, message, tmp_pat
         train.main([*arguments, *options])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_hypernetwork_is_fine_tuned_on_chosen_architectures(digits, tmp_path):
+    """It starts from the other one's parameters and takes the architectures in turn."""
+    variables = GHN_.init_variables(5)
+    save_ghn(tmp_path / "trained", GHN_, variables)
+    nets = tmp_path / "nets.json"
+    nets.write_text(json.dumps({"a": ARCHITECTURES[0].to_dict(), "b": ARCHITECTURES[2].to_dict()}))
+    config = preset("demo").replace(
+        init=tmp_path / "trained", nets=nets, out=tmp_path / "run", meta_batch=1, steps=3
+    )
+    run = loop.setup(config, digits)
+    with closing(run.step):
+        assert run.checkpoints.ghn() == GHN_
+        jax.tree.map(np.testing.assert_array_equal, run.state.params, variables["params"])
+        batches = itertools.islice(run.stream.batches(0), 3)
+        assert [batch.architectures[0] for batch in batches] == [
+            ARCHITECTURES[0], ARCHITECTURES[2], ARCHITECTURES[0],
+        ]  # fmt: skip
+    with pytest.raises(ValueError, match="for 10 classes, but digits has 7"):
+        loop.setup(config, dataclasses.replace(digits, num_classes=7))
+    nets.write_text("{}")
+    with pytest.raises(ValueError, match="has no architectures"):
+        loop.setup(config, digits)
 
 
 def test_a_run_is_not_overwritten(runs):

@@ -363,3 +363,20 @@ class DeepNets1M:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+
+def read_architectures(path: str | os.PathLike) -> dict[str, Architecture]:
+    """Architectures of a JSON file, name -> `Architecture.to_dict`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file holds something else, or nothing.
+    """
+    try:
+        entries = json.loads(Path(path).read_text()).items()
+        found = {name: Architecture.from_dict(entry) for name, entry in entries}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no file of architectures by name: {error}") from error
+    if not found:
+        raise ValueError(f"{path} has no architectures")
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ghn_jax import zoo
 from ghn_jax.deepnets1m.architecture import DARTS, PDARTS, VIT, Architecture
 from ghn_jax.deepnets1m.evaluation_sets import EVALUATION_SIZES, evaluation_set
 from ghn_jax.deepnets1m.network import build_network
-from ghn_jax.deepnets1m.reader import DeepNets1M
+from ghn_jax.deepnets1m.reader import DeepNets1M, read_architectures
 from ghn_jax.deepnets1m.sampling import SPLITS, sample_architecture
 from ghn_jax.deepnets1m.task import Task
 
@@ -56,14 +55,9 @@ def of_file(path: str | Path, width: int | None = None) -> list[Named]:
     Raises:
       ValueError: the file holds something else.
     """
-    try:
-        found = {
-            n: Architecture.from_dict(a) for n, a in json.loads(Path(path).read_text()).items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no file of architectures by name: {error}") from error
     return [
-        (name, arch if width is None else arch.replace(C=width)) for name, arch in found.items()
+        (name, arch if width is None else arch.replace(C=width))
+        for name, arch in read_architectures(path).items()
     ]
 
 

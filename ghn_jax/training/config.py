@@ -34,7 +34,9 @@ class DataConfig:
 class SpaceConfig:
     """Architectures (§ 3, Appendix A)."""
 
-    nets: Path | None = None  # official DeepNets-1M HDF5 to take architectures from
+    nets: Path | None = (
+        None  # file to take architectures from: DeepNets-1M's HDF5, or JSON, name -> one
+    )
     meta_batch: int = 8  # architectures in an update (b_m, § 4.3)
     widths: tuple[int, ...] = RULES["train"].widths  # initial channels to choose from
     fc_dims: tuple[int, ...] = RULES["train"].fc_dims  # hidden classifier widths to choose from
@@ -63,6 +65,7 @@ class SpaceConfig:
 class ModelConfig:
     """The hypernetwork (§ 4, B)."""
 
+    init: Path | None = None  # hypernetwork to go on from: a folder; its options are taken, too
     tile_channels: int = 64  # channels of the largest kernel that the decoder makes (C of B.1)
     virtual_edges: int = 50  # longest virtual edge (s^(max), Eq. 4); 1 for none
     virtual_includes_real: bool = False  # as the authors' code, to exchange weights with it

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from ghn_jax.data.images import Images, prefetch, steps_per_epoch, train_batches
 from ghn_jax.deepnets1m.architecture import Architecture
-from ghn_jax.deepnets1m.reader import DeepNets1M
+from ghn_jax.deepnets1m.reader import DeepNets1M, read_architectures
 from ghn_jax.deepnets1m.sampling import sample_architecture, seeded
 from ghn_jax.engine.compilation import CompilationCounter
-from ghn_jax.hypernet.checkpoint import Checkpoints
+from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.training.config import TrainConfig
 from ghn_jax.training.mesh import ARCH, DATA, make_mesh, parse_mesh
 from ghn_jax.training.meta_batch import MetaBatch, Stream
@@ -74,10 +74,13 @@ def check(config: TrainConfig) -> None:
 
 
 def architecture_source(config: TrainConfig, image_size: int) -> Callable[[int], Architecture]:
-    """Position of the stream -> architecture: generated, or from an official file."""
+    """Position of the stream -> architecture: generated, or from a file."""
     rules, seed = config.space.rules(image_size), config.run.seed
     if config.space.nets is None:
         return lambda position: sample_architecture("train", seed, position, rules=rules)
+    if config.space.nets.suffix == ".json":
+        few = list(read_architectures(config.space.nets).values())
+        return lambda position: few[position % len(few)]
     nets = DeepNets1M.open(
         config.space.nets, "train", image_size=image_size, rules=rules, seed=seed
     )
@@ -123,7 +126,14 @@ def setup(config: TrainConfig, images: Images) -> Run:
     source = architecture_source(config, images.image_size)  # may find a file damaged
     first = jax.process_index() == 0
     mesh = make_mesh()
-    ghn = config.ghn(images.task)
+    ghn, trained = config.ghn(images.task), None
+    if config.model.init is not None:
+        ghn, trained = load_ghn(config.model.init)
+        if ghn.num_classes != images.num_classes:
+            raise ValueError(
+                f"--init is {config.model.init}, a hypernetwork for {ghn.num_classes} classes, but "
+                f"{images.name} has {images.num_classes}"
+            )
     per_epoch = steps_per_epoch(images, config.data.batch_size)
     # A CPU that is one device runs several networks at once.
     shared = jax.default_backend() == "cpu" and mesh.shape[DATA] == 1
@@ -138,6 +148,8 @@ def setup(config: TrainConfig, images: Images) -> Run:
     )
     checkpoints = Checkpoints(config.run.out)
     state, position = step.init(config.run.seed), 0
+    if trained is not None:
+        state = state._replace(params=jax.device_put(trained["params"], step.replicated))
     if config.run.resume:
         like = {"params": state.params, "training": (state.opt_state, state.step)}
         _, position, trees = checkpoints.load(step.replicated, **like)
