@@ -39,6 +39,28 @@ def test_modules_are_found_under_their_old_names(old):
     assert new.__spec__.name == new.__name__ == NAMES[old]
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "new"),
+    [
+        ("graph", "pad_graphs", "pad_graphs"),
+        ("prediction", "predict", "predict_model"),
+        ("images", "load_images", "data.images.load_images"),
+        ("parity", "main", "cli.parity.main"),
+    ],
+)
+def test_what_old_modules_had(module, name, new):
+    """In a process of its own: what was imported before may not help."""
+    source = f"""
+import functools, importlib, ghn_jax
+from ghn_jax.{module} import {name}
+*path, last = "{new}".split(".")
+place = importlib.import_module(".".join(["ghn_jax", *path]))
+assert {name} is getattr(place, last)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", source], env=environment, check=True)
+
+
 def test_a_module_that_never_was_is_not_found():
     with pytest.raises(ModuleNotFoundError, match="ghn_jax.nothing"):
         importlib.import_module("ghn_jax.nothing")

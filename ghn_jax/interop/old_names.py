@@ -73,6 +73,17 @@ NAMES = {
 }
 
 
+# What is in another module now: the module's old name -> a name in it -> where it is.
+_ELSEWHERE = {
+    "ghn_jax.convert": {"main": "ghn_jax.cli.convert.main"},
+    "ghn_jax.graph": {
+        "next_power_of_two": "ghn_jax.hypernet.padding.next_power_of_two",
+        "pad_graphs": "ghn_jax.hypernet.padding.pad_graphs",
+    },
+    "ghn_jax.parity": {"main": "ghn_jax.cli.parity.main"},
+    "ghn_jax.prediction": {"predict": "ghn_jax.tracing.prediction.predict_model"},
+}
+
 # What `python -m` runs under an old name, where that is not the module itself.
 _COMMANDS = {
     "ghn_jax.convert": "ghn_jax.cli.convert",
@@ -86,6 +97,9 @@ class _Loader(importlib.abc.InspectLoader):
     def create_module(self, spec):
         module = importlib.import_module(NAMES[spec.name])
         self._spec = module.__spec__
+        for name, where in _ELSEWHERE.get(spec.name, {}).items():
+            place, _, new = where.rpartition(".")
+            setattr(module, name, getattr(importlib.import_module(place), new))
         return module
 
     def exec_module(self, module) -> None:
