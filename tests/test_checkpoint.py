@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn, save_ghn
+from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn, load_ghns, save_ghn
 from ghn_jax.hypernet.ghn import GHN, mlp_baseline
 
 SMALL = {"max_shape": (8, 8, 11, 11)}
@@ -80,3 +80,15 @@ def test_only_the_latest_are_kept(tmp_path):
     assert (step, position) == (3, 30)
     np.testing.assert_array_equal(trees["params"]["a"], tree["a"])
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_several_hypernetworks_have_the_names_of_their_folders(tmp_path):
+    ghn = GHN(max_shape=(16, 16, 7, 7))
+    for i, name in enumerate(("a/x", "b/y", "b/x")):
+        save_ghn(tmp_path / name, ghn, ghn.init_variables(i))
+    found = load_ghns([tmp_path / "a/x", tmp_path / "b/y"])
+    assert list(found) == ["x", "y"]
+    jax.tree.map(np.testing.assert_array_equal, found["y"][1], dict(ghn.init_variables(1)))
+    with pytest.raises(ValueError, match="folders called 'x'"):
+        load_ghns([tmp_path / "a/x", tmp_path / "b/x"])
+    assert list(load_ghns([])) == ["untrained GHN-2"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,20 @@ def load_ghn(path: str | Path) -> tuple[GHN, dict]:
     like = jax.eval_shape(lambda: ghn.init_variables(0))["params"]
     _, _, trees = checkpoints.load(params=like)
     return ghn, {"params": trees["params"]}
+
+
+def load_ghns(paths: Iterable[str | Path]) -> dict[str, tuple[GHN, dict]]:
+    """Several hypernetworks, by the names of their folders; an untrained GHN-2 if there are none.
+
+    Raises:
+      ValueError: two folders have the same name; see also `load_ghn`.
+    """
+    paths = list(map(Path, paths))
+    names = [path.name for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two hypernetworks are in folders called {name!r}; rename one")
+    if not paths:
+        ghn = GHN()
+        return {"untrained GHN-2": (ghn, ghn.init_variables(0))}
+    return dict(zip(names, map(load_ghn, paths), strict=True))

@@ -28,7 +28,7 @@ from ghn_jax.evaluation.experiments.trained_networks import train_network, train
 from ghn_jax.evaluation.networks import by_name, module_of
 from ghn_jax.evaluation.recipe import Recipe
 from ghn_jax.evaluation.reinitialise import add_noise, orthogonalise, tiled_kernels
-from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.hypernet.checkpoint import load_ghns
 from ghn_jax.tracing.prediction import predict_model
 
 HE = "he"
@@ -118,7 +118,7 @@ def run(config: Config) -> list[dict]:
     held = take_shots(shots, config.shots - config.held_out, config.shots)
     every = take_shots(shots, 0, config.shots)
     engine = Engine()
-    starts = {HE: None} | {path.name: load_ghn(path) for path in config.ghn}
+    starts = {HE: None} | (load_ghns(config.ghn) if config.ghn else {})
 
     def start(name: str, network: Architecture | str, seed: int):
         if name == HE:

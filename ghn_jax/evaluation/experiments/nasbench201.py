@@ -39,7 +39,7 @@ from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.deepnets1m.wiring import DisconnectedError
 from ghn_jax.evaluation.experiments import neupred, regression
 from ghn_jax.evaluation.experiments.records import write_beside
-from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.hypernet.checkpoint import load_ghns
 from ghn_jax.hypernet.embedding import embed_graphs
 from ghn_jax.hypernet.gatedgnn import linear_init
 from ghn_jax.hypernet.ghn import GHN
@@ -517,10 +517,7 @@ def run(config: Config) -> list[Row]:
         rng = np.random.default_rng(config.seed)
         chosen = np.sort(rng.choice(chosen, config.cells, replace=False))
     cells = [cells[i] for i in chosen]
-    ghns = {path.name: load_ghn(path) for path in config.ghn}
-    if not ghns:
-        ghn = GHN()
-        ghns = {"untrained GHN-2": (ghn, ghn.init_variables(0))}
+    ghns = load_ghns(config.ghn)
     features: dict[str, Features] = {
         name: embed_cells(*loaded, cells, progress=True) for name, loaded in ghns.items()
     }

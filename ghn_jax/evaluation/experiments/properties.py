@@ -30,7 +30,7 @@ from ghn_jax.evaluation.experiments.regression import (
     predict_property,
     rank_correlation,
 )
-from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.hypernet.checkpoint import load_ghns
 from ghn_jax.hypernet.embedding import embed_graphs
 from ghn_jax.hypernet.ghn import GHN
 
@@ -312,10 +312,7 @@ def run(config: Config) -> list[dict]:
     fit, test = _records(config.fit), _records(config.test)
     if not config.test:
         fit, test = fit[: len(fit) // 2], fit[len(fit) // 2 :]
-    ghns = {path.name: load_ghn(path) for path in config.ghn}
-    if not ghns:
-        ghn = GHN()
-        ghns = {"untrained GHN-2": (ghn, ghn.init_variables(0))}
+    ghns = load_ghns(config.ghn)
     results = predict_properties(
         fit, test, ghns, image_size=config.image_size, neupred_runs=config.neupred_runs,
         neupred_epochs=config.neupred_epochs, progress=True,
