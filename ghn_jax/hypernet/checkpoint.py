@@ -213,12 +213,12 @@ def load_ghns(paths: Iterable[str | Path]) -> dict[str, tuple[GHN, dict]]:
     Raises:
       ValueError: two folders have the same name; see also `load_ghn`.
     """
-    paths = list(map(Path, paths))
-    names = [path.name for path in paths]
+    folders = list(map(Path, paths))
+    names = [folder.name for folder in folders]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two hypernetworks are in folders called {name!r}; rename one")
-    if not paths:
+    if not folders:
         ghn = GHN()
         return {"untrained GHN-2": (ghn, ghn.init_variables(0))}
-    return dict(zip(names, map(load_ghn, paths), strict=True))
+    return dict(zip(names, map(load_ghn, folders), strict=True))
