@@ -18,10 +18,10 @@ from ghn_jax.evaluation import accuracy as evaluation
 from ghn_jax.evaluation.accuracy import (
     evaluate_ghn,
     evaluate_network,
-    named_architectures,
     random_parameters,
     summary,
 )
+from ghn_jax.evaluation.networks import named_architectures
 from ghn_jax.hypernet.checkpoint import save_ghn
 from ghn_jax.hypernet.ghn import GHN
 
