@@ -102,7 +102,7 @@ def test_every_image_counts_once_in_a_full_batch(count):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "eval_batches", lambda *_: batches)
-        full = list(evaluation._full_batches(Few(), 64))
+        full = list(evaluation.full_batches(Few(), 64))
     assert [n for _, _, n in full] == [len(y) for _, y in batches]
     for images, labels, _ in full:
         assert len(images) == len(labels) == min(count, 64)
