@@ -287,7 +287,7 @@ def test_few_shot(tmp_path, digits):
 
 def test_search_finds_the_best_within_limits():
     """Of an objective that is known: against all networks, scored one by one."""
-    ghn = GHN(max_shape=(16, 16, 7, 7))
+    ghn = GHN(max_shape=(16, 16, 11, 11))
     variables, task = ghn.init_variables(0), Task()
 
     def objective(embeddings):

@@ -227,9 +227,25 @@ def test_drop_path_drops_operations_of_cells(engine):
     assert all((again[i] == scales[2][i]).all() for i in again)
 
 
+def test_terms_are_scaled_one_by_one():
+    """Normed terms come first, each with its own factors of the images."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 4, 2, 2, 5), np.float32)
+    params = tuple(rng.uniform(0.5, 1.5, (4, 5)).astype(np.float32))
+    scales = rng.uniform(0, 2, (3, 4)).astype(np.float32)
+    state, _ = units.NormSum(5, 2, dropped=3).with_statistics(params, tuple(x), scales)
+    expected = 0
+    for i, term in enumerate(x):
+        if i < 2:
+            mean, variance = term.mean((0, 1, 2)), term.var((0, 1, 2))
+            term = (term - mean) / np.sqrt(variance + 1e-5) * params[2 * i] + params[2 * i + 1]
+        expected = expected + term * scales[i][:, None, None, None]
+    np.testing.assert_allclose(state, expected, atol=1e-5)
+
+
 def test_gradient_under_drop_path_and_auxiliary_head(engine):
     """The change of the loss along a direction is the gradient's."""
-    training = make(engine, optax.sgd(1.0), drop_path=True, auxiliary=0.4, smoothing=0.1)
+    training = make(engine, optax.sgd(1.0), drop_path=True, auxiliary=4.0, smoothing=0.1)
     images, labels = batch(0)
 
     def loss(weights):
@@ -240,7 +256,7 @@ def test_gradient_under_drop_path_and_auxiliary_head(engine):
         parts = jnp.concatenate([trace.values[v] for v in training._parts], -1)
         second = AuxiliaryHead(10).apply({"params": head}, parts)
         del state
-        return float(cross_entropy(logits, labels, 0.1) + 0.4 * cross_entropy(second, labels, 0.1))
+        return float(cross_entropy(logits, labels, 0.1) + 4 * cross_entropy(second, labels, 0.1))
 
     before = training.init(start()).weights
     kept = jax.tree.map(np.asarray, before)
