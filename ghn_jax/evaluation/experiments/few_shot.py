@@ -23,7 +23,7 @@ from ghn_jax.data.images import Images, load_images, steps_per_epoch
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import random_parameters
-from ghn_jax.evaluation.experiments.records import Records
+from ghn_jax.evaluation.experiments.records import Records, describe
 from ghn_jax.evaluation.experiments.trained_networks import train_network, training_of
 from ghn_jax.evaluation.networks import by_name, module_of
 from ghn_jax.evaluation.recipe import Recipe
@@ -109,10 +109,8 @@ def run(config: Config) -> list[dict]:
     shots = load_images(config.dataset, "train", **source)
     check(config, shots)
     networks = by_name(config.networks, config.width)
-    described = dataclasses.asdict(config)
-    for name in ("data_dir", "networks", "ghn", "seeds", "out"):
-        del described[name]
-    records = Records.open(config.out, {"experiment": "few_shot", **described})
+    without = ("data_dir", "networks", "ghn", "seeds", "out")
+    records = Records.open(config.out, describe("few_shot", config, without=without))
     test = load_images(config.dataset, "test", **source)
     kept = take_shots(shots, 0, config.shots - config.held_out)
     held = take_shots(shots, config.shots - config.held_out, config.shots)
@@ -156,12 +154,12 @@ def run(config: Config) -> list[dict]:
             bar.set_postfix_str(name)
             tuned = f"{name}, tuned"
             if tuned not in records:
-                tops = []
+                tops, params = [], start(where, network, 0)
                 for rate, decay in grid:
                     recipe = dataclasses.replace(
                         config.recipe, learning_rate=rate, weight_decay=decay
                     )
-                    tops.append(train(network, start(where, network, 0), recipe, kept, held, 0))
+                    tops.append(train(network, params, recipe, kept, held, 0))
                 best = int(np.argmax(tops))
                 records.add({"name": tuned, "learning_rate": grid[best][0],
                              "weight_decay": grid[best][1], "held_out_top1": tops})  # fmt: skip

@@ -11,13 +11,20 @@ share a folder write files of their own, `records-<unit>.jsonl`; all of them are
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 _SETTINGS = "settings.json"
+
+
+def describe(experiment: str, config: Any, *, without: Collection[str]) -> dict[str, Any]:
+    """What records depend on, JSON-ready: the options of an experiment, but for some."""
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in without}
+    return json.loads(json.dumps({"experiment": experiment, **options}, default=str))
 
 
 def write_beside(path: Path, text: str) -> None:

@@ -26,9 +26,9 @@ from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.counts import count_flops, count_parameters
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
-from ghn_jax.evaluation.experiments.records import Records, read_records, write_beside
+from ghn_jax.evaluation.experiments.records import Records, describe, read_records, write_beside
 from ghn_jax.evaluation.experiments.regression import fit
-from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.hypernet.checkpoint import load_ghns
 from ghn_jax.hypernet.embedding import embed_graphs
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.plot.charts import pareto_figure
@@ -63,10 +63,13 @@ def within(
     task: Task, *, max_parameters: float | None = None, max_flops: float | None = None
 ) -> Callable[[Architecture], bool]:
     """A constraint: no more parameters, and no more multiply-adds for an image, than these."""
+    options = {"num_classes": task.num_classes, "image_size": task.image_size}
 
     def small(arch: Architecture) -> bool:
-        parameters, flops = costs(arch, task)
-        return parameters <= (max_parameters or np.inf) and flops <= (max_flops or np.inf)
+        # Counting takes as long as sampling: only what is limited is counted.
+        if max_parameters is not None and count_parameters(arch, **options) > max_parameters:
+            return False
+        return max_flops is None or count_flops(arch, **options) <= max_flops
 
     return small
 
@@ -208,17 +211,9 @@ def run(config: Config) -> list[Found]:
     if config.num < 1 or config.keep < 1:
         raise ValueError(f"--num is {config.num} and --keep is {config.keep}; use 1 or more")
     archs, values = training_set(config.trained, config.property)
-    if config.ghn is None:
-        ghn = GHN()
-        variables = ghn.init_variables(0)
-    else:
-        ghn, variables = load_ghn(config.ghn)
+    ((ghn, variables),) = load_ghns([] if config.ghn is None else [config.ghn]).values()
     task = Task(ghn.num_classes, config.image_size)
-    described = dataclasses.asdict(config)
-    for name in ("num", "keep", "out"):
-        del described[name]
-    described |= {"ghn": str(config.ghn), "trained": [str(path) for path in config.trained]}
-    scores = Records.open(config.out, {"experiment": "search", **described})
+    scores = Records.open(config.out, describe("search", config, without=("num", "keep", "out")))
 
     graphs = (ghn.graph(arch, image_size=config.image_size) for arch in archs)
     # In per cent, which the grid of the regression is made for.

@@ -35,7 +35,7 @@ from ghn_jax.evaluation.accuracy import (
     summary,
 )
 from ghn_jax.evaluation.experiments.cluster import ClusterConfig, run_units
-from ghn_jax.evaluation.experiments.records import Records, write_beside
+from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.module_training import ModuleTraining
 from ghn_jax.evaluation.network_training import NetworkTraining
 from ghn_jax.evaluation.networks import Named, by_name, module_of, of_file, of_split
@@ -224,13 +224,8 @@ def train_network(
 
 def settings(config: Config) -> dict:
     """What the records depend on."""
-    described = dataclasses.asdict(config)
-    for name in ("data_dir", "split", "start", "stop", "networks", "nets", "at_once", "cluster",
-                 "unit", "out"):  # fmt: skip
-        del described[name]
-    described["report_epochs"] = list(config.report_epochs)
-    described["ckpt"] = None if config.ckpt is None else str(config.ckpt)
-    return {"experiment": "trained_networks", **described}
+    where = ("data_dir", "split", "start", "stop", "networks", "nets", "at_once", "cluster", "unit")
+    return describe("trained_networks", config, without=(*where, "out"))
 
 
 def _images(config: Config, split: str) -> Images:
