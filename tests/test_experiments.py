@@ -18,6 +18,7 @@ from ghn_jax.evaluation.accuracy import random_parameters
 from ghn_jax.evaluation.experiments import few_shot, nasbench201, search, trained_networks
 from ghn_jax.evaluation.experiments.cluster import ClusterConfig, units
 from ghn_jax.evaluation.experiments.records import Records, read_records
+from ghn_jax.evaluation.experiments.saved_state import SavedState
 from ghn_jax.evaluation.experiments.trained_networks import (
     NEVER,
     convergence,
@@ -27,10 +28,9 @@ from ghn_jax.evaluation.experiments.trained_networks import (
 )
 from ghn_jax.evaluation.networks import by_name, module_of, of_file, of_split
 from ghn_jax.evaluation.recipe import Recipe, final
-from ghn_jax.evaluation.saved_state import SavedState
 from ghn_jax.hypernet.checkpoint import save_ghn
 from ghn_jax.hypernet.ghn import GHN
-from ghn_jax.plot.charts import pareto_front
+from ghn_jax.plot.experiments import pareto_front
 
 # Few operations, so that little is compiled.
 EDGES = (("conv_1x1", 0), ("skip_connect", 1))

@@ -12,6 +12,7 @@ from ghn_jax.evaluation.experiments.nasbench201 import OPERATIONS, cell_graph
 from ghn_jax.hypernet import embedding
 from ghn_jax.hypernet.embedding import embed_graphs
 from ghn_jax.hypernet.padding import pad_graphs
+from ghn_jax.plot.experiments import correlation_matrix, property_bars
 
 
 @pytest.fixture(scope="module")
@@ -369,20 +370,20 @@ def test_table(results):
 
 
 def test_figures(results, tmp_path):
-    axes = properties.figure(results, tmp_path / "a.png").axes[0]
+    axes = property_bars(results, tmp_path / "a.png").axes[0]
     bars = {bar.get_label(): [b.get_height() for b in bar] for bar in axes.containers
             if hasattr(bar, "patches")}  # fmt: skip
     assert bars == {
         m: [r["mean"] for r in results if r["method"] == m] for m in ("GHN-1", "NeuPred")
     }
     assert [t.get_text() for t in axes.get_xticklabels()][0] == "clean accuracy"
-    columns = {"a": np.arange(5.0), "b": -np.arange(5.0)}
-    axes = properties.correlation_figure(columns, tmp_path / "b.pdf").axes[0]
+    taus = regression.correlations({"a": np.arange(5.0), "b": -np.arange(5.0)})
+    axes = correlation_matrix(taus, ["a", "b"], tmp_path / "b.pdf").axes[0]
     np.testing.assert_allclose(axes.images[0].get_array(), [[1, -1], [-1, 1]])
     assert [t.get_text() for t in axes.texts] == ["1.00", "-1.00", "-1.00", "1.00"]
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert (tmp_path / "b.pdf").stat().st_size > 1000
     with pytest.raises(ValueError, match="no results"):
-        properties.figure([])
+        property_bars([])
     with pytest.raises(ValueError, match="allowed suffixes"):
-        properties.correlation_figure(columns, tmp_path / "c.txt")
+        correlation_matrix(taus, ["a", "b"], tmp_path / "c.txt")

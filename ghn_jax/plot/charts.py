@@ -9,11 +9,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ghn_jax.plot.figure import canvas, check_path, save
+from ghn_jax.plot.figure import canvas, check_path, save, tidy
 
 _NEUTRAL = "#444444"
 _PREDICTED, _PREDICTED_BAR = "#123a80", "#7aa3dc"
@@ -100,7 +99,7 @@ def training_curve(
             label=f"mean of the last {window} steps",
             gid="mean",
         )
-        _tidy(axes)
+        tidy(axes)
     failed = step[np.isnan(metrics["loss"])]
     if len(failed):
         panels[0].plot(
@@ -124,47 +123,6 @@ def training_curve(
     panels[1].set_ylim(bottom=0)
     panels[1].legend(frameon=False)
     figure.align_ylabels(panels)
-    figure.tight_layout()
-    return save(figure, path)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def epoch_curves(records: Sequence[dict], path: str | os.PathLike | None = None) -> Figure:
-    """Draws training loss and accuracy of networks by epoch: each faintly, and their median.
-
-    Args:
-      records: with `loss` and `train_top1`, a number for each epoch.
-      path: where to save the picture, .png or .pdf; None: nowhere.
-
-    Raises:
-      ValueError: another suffix, or no records.
-    """
-    path = check_path(path)
-    if not records:
-        raise ValueError("there are no records to draw")
-    epochs = max(len(record["loss"]) for record in records)
-    figure = canvas(7.0, 3.2)
-    panels = figure.subplots(1, 2)
-    for axes, name, color in zip(panels, ("loss", "train_top1"), (_LOSS, _PREDICTED), strict=True):
-        values = np.full((len(records), epochs), np.nan)
-        for row, record in zip(values, records, strict=True):
-            row[: len(record[name])] = record[name]
-        along = np.arange(1, epochs + 1)
-        axes.plot(along, values.T, color=color, alpha=0.3, linewidth=0.7)
-        axes.plot(along, np.nanmedian(values, 0), color=color, linewidth=1.8, marker="o",
-                  markersize=3, label=f"median of {len(records)}")  # fmt: skip
-        axes.set_xlabel("epoch")
-        axes.legend(frameon=False)
-        _tidy(axes)
-    panels[0].set_ylabel("training loss")
-    panels[1].set_ylabel("training accuracy")
-    panels[1].yaxis.set_major_formatter(PercentFormatter(1.0))
-    panels[1].set_ylim(bottom=0)
     figure.tight_layout()
     return save(figure, path)
 
@@ -244,49 +202,8 @@ def accuracy_bars(
         axes.set_ylabel(f"{len(rows)} networks")
     axes.set(xlabel="accuracy (top-1)", xlim=(0, None), ylim=(len(rows) - 0.4, -0.6))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    _tidy(axes)
+    tidy(axes)
     axes.grid(False, axis="y")
     look = {"frameon": False, "ncols": 5, "fontsize": 9, "columnspacing": 1.2}
     figure.legend(handles=entries, loc="outside upper left", **look)
-    return save(figure, path)
-
-
-# --- Search ---------------------------------------------------------------------------------------
-
-
-def pareto_front(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """Indices of the networks that none is at once cheaper than and better than, by cost."""
-    order = np.lexsort((-score, cost))
-    best = np.maximum.accumulate(score[order])
-    return order[np.concatenate([[True], best[1:] > best[:-1]])]
-
-
-def pareto_figure(
-    cost: np.ndarray, score: np.ndarray, path: str | os.PathLike | None = None
-) -> Figure:
-    """Draws predicted accuracy against parameters, and the networks on the Pareto front.
-
-    Args:
-      cost: (N,) parameters.
-      score: (N,) predicted accuracy, in per cent.
-      path: where to save the picture, .png or .pdf; None: nowhere.
-
-    Raises:
-      ValueError: the path has another ending.
-    """
-    path = check_path(path)
-    figure = canvas(7, 4.5)
-    axes = figure.add_subplot()
-    axes.scatter(cost / 1e6, score, s=3, color=_RANDOM_BAR, linewidths=0, label="networks")
-    front = pareto_front(np.asarray(cost), np.asarray(score))
-    axes.step(
-        cost[front] / 1e6, score[front], where="post", color=_PREDICTED, marker="o", markersize=3,
-        label="Pareto front",
-    )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xlabel("parameters, millions")
-    axes.set_ylabel("predicted accuracy, %")
-    axes.legend(loc="lower right", frameon=False)
-    _tidy(axes)
-    figure.tight_layout()
     return save(figure, path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -41,3 +42,10 @@ def save(figure: Figure, path: pathlib.Path | None) -> Figure:
         dated = path.suffix.lower() == ".pdf"
         figure.savefig(path, metadata={"CreationDate": None} if dated else None)
     return figure
+
+
+def tidy(axes: Axes) -> None:
+    """Axes as all charts have them: two spines and a faint grid behind what is drawn."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)

@@ -23,7 +23,7 @@ from ghn_jax.data.images import Images, load_images, steps_per_epoch
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import random_parameters
-from ghn_jax.evaluation.experiments.records import Records, describe
+from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.experiments.trained_networks import train_network, training_of
 from ghn_jax.evaluation.networks import by_name, module_of
 from ghn_jax.evaluation.recipe import Recipe
@@ -174,7 +174,7 @@ def run(config: Config) -> list[dict]:
                     top1 = train(network, start(where, network, seed), recipe, every, test, seed)
                     records.add({"name": key, "test_top1": top1})
     text = table(records, config)
-    (config.out / "table.md").write_text(text)
+    write_beside(config.out / "table.md", text)
     print(text)
     return list(records.values())
 

@@ -27,7 +27,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -44,9 +44,6 @@ from ghn_jax.hypernet.embedding import embed_graphs
 from ghn_jax.hypernet.gatedgnn import linear_init
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.tracing.flow import Flow
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 # (from, to) of a cell's edges, in the order of a cell string.
@@ -537,7 +534,9 @@ def run(config: Config) -> list[Row]:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_beside(config.out / "results.jsonl", text)
     write_beside(config.out / "table.md", table_of(rows))
-    figure(rows, config.out / "nasbench201.png")
+    from ghn_jax.plot.experiments import search_curves  # matplotlib is of an extra
+
+    search_curves(lines, config.out / "nasbench201.png")
     print(f"{len(cells)} networks, {config.dataset}\n\n{table_of(rows)}")
     return rows
 
@@ -549,45 +548,3 @@ def table_of(rows: Sequence[Row]) -> str:
     lines += [f"| {r.method} | {r.size} | {r.tau.mean:.3f} ± {r.tau.std:.3f} | "
               f"{r.accuracy.mean:.2f} ± {r.accuracy.std:.2f} |" for r in rows]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def figure(rows: Sequence[Row], path: str | os.PathLike | None = None) -> Figure:
-    """Draws tau and accuracy against the number of networks that a method was told of.
-
-    Args:
-      rows: of `search_curve`.
-      path: where to save the picture, .png or .pdf; None: nowhere.
-
-    Raises:
-      ValueError: another suffix, or no rows.
-      FileNotFoundError: the folder of `path` does not exist.
-    """
-    from ghn_jax.plot.figure import canvas, check_path, save  # matplotlib is of an extra
-
-    path = check_path(path)
-    if not rows:
-        raise ValueError("there are no rows to draw")
-    picture = canvas(9.0, 3.6)
-    picture.set_layout_engine("constrained")
-    panels = picture.subplots(1, 2)
-    sizes = sorted({row.size for row in rows})
-    for method in dict.fromkeys(row.method for row in rows):
-        mine = {row.size: row for row in rows if row.method == method}
-        for axes, name in zip(panels, ("tau", "accuracy"), strict=True):
-            if name == "tau" and method in (RANDOM, BEST):
-                continue
-            results = [getattr(mine[size], name) for size in sizes]
-            axes.errorbar(
-                sizes, [r.mean for r in results], [r.std for r in results],
-                marker="o", markersize=3, linewidth=1.2, capsize=2, label=method,
-            )  # fmt: skip
-    for axes, label in zip(panels, ("Kendall's τ", "test accuracy of the best found, %"),
-                           strict=True):  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.minorticks_off()
-        axes.set(xlabel="networks that the method was told of", ylabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="#e6e6e6", linewidth=0.6)
-    panels[1].legend(frameon=False, fontsize=8)
-    return save(picture, path)

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -33,9 +32,6 @@ from ghn_jax.evaluation.experiments.regression import (
 from ghn_jax.hypernet.checkpoint import load_ghns
 from ghn_jax.hypernet.embedding import embed_graphs
 from ghn_jax.hypernet.ghn import GHN
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 NEUPRED = "NeuPred"
 # Seconds depend on the device. Rounding, and the regression's grid, are for numbers of about ten,
@@ -189,86 +185,6 @@ def table(results: Sequence[Mapping]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_COLORS = ("#c8c8c8", "#7aa3dc", "#123a80", "#e39b2d", "#3d8b57", "#7b52a3")
-
-
-def figure(results: Sequence[Mapping], path: str | os.PathLike | None = None) -> Figure:
-    """Draws Fig. 4: a bar for each property and method, error bars of a standard deviation.
-
-    Args:
-      results: of `predict_properties`.
-      path: where to save the picture, .png or .pdf; None: nowhere.
-
-    Raises:
-      ValueError: another suffix, or no results.
-      FileNotFoundError: the folder of `path` does not exist.
-    """
-    from ghn_jax.plot.figure import canvas, check_path, save  # matplotlib is of an extra
-
-    path = check_path(path)
-    if not results:
-        raise ValueError("there are no results to draw")
-    methods, names = _names(results, "method"), _names(results, "property")
-    picture = canvas(1.5 + 1.6 * len(names), 3.6)
-    picture.set_layout_engine("constrained")
-    axes = picture.subplots()
-    width = 0.8 / len(methods)
-    for i, method in enumerate(methods):
-        mine = [r for r in results if r["method"] == method]
-        aside = (i - (len(methods) - 1) / 2) * width
-        axes.bar(
-            [names.index(r["property"]) + aside for r in mine],
-            [r["mean"] for r in mine],
-            width,
-            yerr=[r["std"] for r in mine],
-            color=_COLORS[i % len(_COLORS)],
-            error_kw={"elinewidth": 0.9},
-            label=method,
-        )
-    axes.axhline(0, color="#444444", linewidth=0.8)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("Kendall's τ")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, axis="y", color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
-    picture.legend(loc="outside upper left", frameon=False, ncols=len(methods), fontsize=9)
-    return save(picture, path)
-
-
-def correlation_figure(
-    properties: Mapping[str, np.ndarray], path: str | os.PathLike | None = None
-) -> Figure:
-    """Draws Fig. 11: Kendall's tau between properties of the same networks.
-
-    Args:
-      properties: name -> (N,) values, as from `property_values`.
-      path: where to save the picture, .png or .pdf; None: nowhere.
-
-    Raises:
-      ValueError: another suffix, or no properties.
-      FileNotFoundError: the folder of `path` does not exist.
-    """
-    from ghn_jax.plot.figure import canvas, check_path, save  # matplotlib is of an extra
-
-    path = check_path(path)
-    if not properties:
-        raise ValueError("there are no properties to draw")
-    matrix, names = correlations(properties), list(properties)
-    picture = canvas(2.2 + 0.9 * len(names), 1.8 + 0.8 * len(names))
-    picture.set_layout_engine("constrained")
-    axes = picture.subplots()
-    shown = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
-    for row, column in np.ndindex(matrix.shape):
-        tau = matrix[row, column]
-        color = "white" if abs(tau) > 0.6 else "black"
-        axes.text(column, row, f"{tau:.2f}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    axes.spines[:].set_visible(False)
-    picture.colorbar(shown, ax=axes, label="Kendall's τ")
-    return save(picture, path)
-
-
 # --- The experiment -------------------------------------------------------------------------------
 
 
@@ -321,7 +237,10 @@ def run(config: Config) -> list[dict]:
     lines = "".join(json.dumps(result) + "\n" for result in results)
     write_beside(config.out / "results.jsonl", lines)
     write_beside(config.out / "table.md", table(results))
-    figure(results, config.out / "properties.png")
-    correlation_figure(property_values(test), config.out / "correlations.png")
+    from ghn_jax.plot.experiments import correlation_matrix, property_bars  # matplotlib: an extra
+
+    property_bars(results, config.out / "properties.png")
+    values = property_values(test)
+    correlation_matrix(correlations(values), list(values), config.out / "correlations.png")
     print(f"Kendall's tau, {len(fit)} networks to fit to, {len(test)} to rank\n\n{table(results)}")
     return results

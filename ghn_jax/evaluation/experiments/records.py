@@ -27,10 +27,10 @@ def describe(experiment: str, config: Any, *, without: Collection[str]) -> dict[
     return json.loads(json.dumps({"experiment": experiment, **options}, default=str))
 
 
-def write_beside(path: Path, text: str) -> None:
-    """Replaces a file at once: whatever happens, the old text is there or the new one."""
+def write_beside(path: Path, content: str | bytes) -> None:
+    """Replaces a file at once: whatever happens, the old content is there or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
     beside.replace(path)
 
 

@@ -31,7 +31,6 @@ from ghn_jax.evaluation.experiments.regression import fit
 from ghn_jax.hypernet.checkpoint import load_ghns
 from ghn_jax.hypernet.embedding import embed_graphs
 from ghn_jax.hypernet.ghn import GHN
-from ghn_jax.plot.charts import pareto_figure
 
 CHUNK = 512  # networks whose scores are written together
 
@@ -241,7 +240,9 @@ def run(config: Config) -> list[Found]:
         json.dumps({f"search[{f.index}]": f.arch.to_dict() for f in best}, indent=1) + "\n",
     )
     text = table(best)
-    (config.out / "table.md").write_text(text)
+    write_beside(config.out / "table.md", text)
+    from ghn_jax.plot.experiments import pareto_figure  # matplotlib is of an extra
+
     pareto_figure(rows[:, 2], rows[:, 1], config.out / "pareto.png")
     print(f"{len(rows)} networks, regression of {len(archs)} trained ones\n\n{text}")
     return best

@@ -36,13 +36,12 @@ from ghn_jax.evaluation.accuracy import (
 )
 from ghn_jax.evaluation.experiments.cluster import ClusterConfig, run_units
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
+from ghn_jax.evaluation.experiments.saved_state import SavedState
 from ghn_jax.evaluation.module_training import ModuleTraining
 from ghn_jax.evaluation.network_training import NetworkTraining
 from ghn_jax.evaluation.networks import Named, by_name, module_of, of_file, of_split
 from ghn_jax.evaluation.recipe import Recipe
-from ghn_jax.evaluation.saved_state import SavedState
 from ghn_jax.hypernet.checkpoint import load_ghn
-from ghn_jax.plot.charts import epoch_curves
 
 NEVER = 2.0  # convergence of a network that did not, as in the authors' results
 
@@ -304,6 +303,8 @@ def _finish(config: Config, todo: list[Named], records: Records) -> list[dict]:
     found = [records[name] for name, _ in todo if name in records]
     if not config.unit:
         write_beside(config.out / "table.md", table(found))
+        from ghn_jax.plot.experiments import epoch_curves  # matplotlib is of an extra
+
         epoch_curves(found, config.out / "training.png")
         print(table(found))
     return found

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from ghn_jax.evaluation.experiments.records import write_beside
 
 _RECORD = "record"
 
@@ -29,10 +31,9 @@ class SavedState:
         leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
         leaves[_RECORD] = np.frombuffer(json.dumps(record).encode(), np.uint8)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with beside.open("wb") as file:
-            np.savez(file, allow_pickle=False, **leaves)
-        beside.replace(self.path)
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, **leaves)
+        write_beside(self.path, file.getvalue())
 
     def load(self, like: Any) -> tuple[Any, dict] | None:
         """The state and the record, if there are any.
