@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ghn_jax.engine.compilation import keep_programs
 from ghn_jax.engine.memory import keep_memory
-from ghn_jax.evaluation.experiments.records import read_records
+from ghn_jax.evaluation.experiments.records import count_records
 
 _POLL = 1.0  # seconds between looks at jobs
 
@@ -97,7 +97,7 @@ def run_units(run: Callable[[Any], Any], config: Any, start: int, stop: int) -> 
     except RuntimeError as error:
         raise ValueError(f"--cluster is {options.cluster}, but {error}") from error
     executor.update_parameters(name="ghn", timeout_min=options.minutes)
-    before = len(read_records(config.out))
+    before = count_records(config.out)
     total = stop - start
     with tqdm(total=total, unit="network", desc=options.cluster, dynamic_ncols=True) as bar:
         if options.cluster == "slurm":
@@ -116,7 +116,7 @@ def run_units(run: Callable[[Any], Any], config: Any, start: int, stop: int) -> 
                 running.append(executor.submit(waiting.pop(0)))
             done += [job for job in running if job.done()]
             running = [job for job in running if job not in done]
-            bar.update(len(read_records(config.out)) - before - bar.n)
+            bar.update(count_records(config.out) - before - bar.n)
             time.sleep(_POLL if running or waiting else 0)
     failed = [job for job in done if job.exception() is not None]
     if failed:
