@@ -11,7 +11,8 @@ and the next one runs. Without an accelerator all of it runs on the CPU: a rehea
    the device's by a profile; seconds of compiling; programs; memory.
 3. The same in bfloat16.
 4. With --reference, the authors' code (PyTorch) on the same device and meta-batches.
-5. Training until the time is over, from --dataset, with checkpoints.
+5. What the host pays for a call, and what XLA's options change: seconds to compile, seconds to run.
+6. Training until the time is over, from --dataset, with checkpoints.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ import numpy as np
 import optax
 import tyro
 
+from ghn_jax.cli.deepnets1m import export
 from ghn_jax.data.images import load_images, prefetch, train_batches
+from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.deepnets1m.units import NormSum
-from ghn_jax.engine.compilation import CompilationCounter, keep_programs
+from ghn_jax.engine.compilation import CompilationCounter, keep_programs, known_options
 from ghn_jax.engine.engine import Engine
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.hypernet.ghn import GHN
@@ -61,8 +64,9 @@ class Options:
     dataset: str = "digits"  # to train on: digits, cifar10
     data_dir: str | None = None  # folder of TFDS datasets
     checkpoints: Path = Path("runs/gpu_check")  # what is trained is saved there
+    train: bool = True  # for the minutes that are left
+    profile: Path | None = None  # folder for the profiles of three updates; not kept if not given
     reference: Path | None = None  # the authors' code, a checkout of facebookresearch/ppuda
-    nets: Path | None = None  # official training file that both read, with --reference
     cache_dir: Path | None = None  # compiled programs; none are kept if not given
 
 
@@ -98,14 +102,19 @@ def about() -> dict:
 class Case:
     """The meta-batches that are run."""
 
-    def __init__(self, small: bool):
+    def __init__(self, small: bool, nets: Path | None = None):
         config = preset("demo" if small else "ghn2")
         self.config, self.size = config, 16 if small else 32
         self.ghn: GHN = config.ghn(Task(10, self.size))
         self.rules = config.space.rules(self.size)
+        self.nets = nets and DeepNets1M.open(
+            nets, "train", image_size=self.size, rules=self.rules, seed=0
+        )
 
     def architecture(self, i: int):
-        """Of the training stream."""
+        """Of the training stream, or of an official file."""
+        if self.nets is not None:
+            return self.nets[i % len(self.nets)]
         return sample_architecture("train", 0, i, rules=self.rules)
 
     def stream(self) -> Stream:
@@ -195,6 +204,8 @@ def updates(case: Case, options: Options, dtype: str, seconds: float, report) ->
             ran.append(update)
             found |= {
                 "meta_batches": len(whole),
+                "positions": [u.batch.position for u in ran],
+                "seconds": [round(s, 5) for s in whole],
                 "seconds_median": statistics.median(whole),
                 "seconds_mean": statistics.fmean(whole),
                 "seconds_slowest": max(whole),
@@ -213,13 +224,14 @@ def updates(case: Case, options: Options, dtype: str, seconds: float, report) ->
         found["seconds_queued"] = (time.perf_counter() - begin) / len(ran)
         if not cpu:
             with tempfile.TemporaryDirectory() as folder:
+                folder = (options.profile or Path(folder)) / dtype
                 begin = time.perf_counter()
-                with jax.profiler.trace(folder):
+                with jax.profiler.trace(str(folder)):
                     for update in ran[:3]:
                         state, metrics = step(state, update, images, labels)
                     jax.block_until_ready(metrics)
                 found["profiled_seconds"] = (time.perf_counter() - begin) / len(ran[:3])
-                busy = _device_seconds(Path(folder))
+                busy = _device_seconds(folder)
                 found["device_busy_seconds"] = busy and busy / len(ran[:3])
     memory = jax.local_devices()[0].memory_stats() or {}
     return {**found, "peak_bytes": memory.get("peak_bytes_in_use")}
@@ -274,31 +286,121 @@ def walk(case: Case) -> dict:
     return {"networks": len(plans), "calls": calls, "seconds": min(seconds)}
 
 
-def theirs(case: Case, options: Options, count: int) -> dict:
-    """The authors' update on the same device."""
+def theirs(case: Case, options: Options, nets: Path, updates: dict, count: int) -> dict:
+    """The authors' update on the same device and on the first of our meta-batches."""
     from reference import Reference
 
-    from ghn_jax.deepnets1m import DeepNets1M
-
-    nets = DeepNets1M.open(options.nets, "train", seed=0)
-    reference = Reference("update", options.reference, options.nets, case.config.data.batch_size)
-    seconds = []
-    for first in range(0, 8 * count, 8):
-        indices = list(range(first, first + 8))
-        found = [nets[i] for i in indices]
+    reference = Reference("update", options.reference, nets, case.config.data.batch_size)
+    seconds, size = [], case.config.space.meta_batch
+    ours = updates["seconds"][:count]
+    for end in updates["positions"][:count]:
+        indices = list(range(end - size, end))
+        found = [case.architecture(i) for i in indices]
         request = {
             "indices": indices,
             "C": [a.C for a in found],
             "fc_dim": [a.fc_dim for a in found],
         }
         reference(**request)
-        seconds.append(reference(**request)["seconds"])
+        seconds.append(min(reference(**request)["seconds"] for _ in range(2)))
     return {
-        "meta_batches": count,
+        "seconds": seconds,
+        "ours": ours,
         "seconds_median": statistics.median(seconds),
-        "seconds_mean": statistics.fmean(seconds),
+        "times_as_fast_median": statistics.median(seconds) / statistics.median(ours),
         **reference.about,
     }
+
+
+def calls() -> dict:
+    """Microseconds of the host for a call of a program, and of the device for one after another."""
+    found = {}
+    for count in (1, 12):
+        arrays = [jnp.ones((64, 32, 32, 32))] + [jnp.ones((3, 3, 32, 32))] * (count - 1)
+        jitted = jax.jit(lambda *a: tuple(x + 1.0 for x in a))
+        compiled = jitted.lower(*arrays).compile()
+        for name, function in (("jit", jitted), ("compiled", compiled)):
+            jax.block_until_ready(function(*arrays))
+            start = time.perf_counter()
+            for _ in range(1000):
+                out = function(*arrays)
+            host = time.perf_counter() - start
+            jax.block_until_ready(out)
+            whole = time.perf_counter() - start
+            found[f"{name}, {count} arrays"] = {"host_us": 1e3 * host, "whole_us": 1e3 * whole}
+    return found
+
+
+_VARIANTS = {
+    "ours": {},
+    "autotuning off": {"xla_gpu_autotune_level": "0"},
+    "autotuning off, no Triton": {
+        "xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False,
+    },
+    "no CUDA graphs": {"xla_gpu_graph_min_graph_size": "1000000"},
+    "no Triton": {"xla_gpu_enable_triton_gemm": False},
+}  # fmt: skip
+_PHASES = {
+    "/jax/core/compile/jaxpr_trace_duration": "trace",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
+    "/jax/core/compile/backend_compile_duration": "xla",
+}
+
+
+def compile_options(case: Case, networks: int, report) -> dict:
+    """Some networks' programs compiled from nothing with XLA's options one way and another."""
+    form, batch = Tiles(case.ghn), next(case.stream().batches(0))
+    plans, size = batch.plans[:networks], case.config.data.batch_size
+    phases = dict.fromkeys(_PHASES.values(), 0.0)
+
+    def listen(event, duration, **_):
+        if event in _PHASES:
+            phases[_PHASES[event]] += duration
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    images = jnp.asarray(case.images(size)[0])
+    found = {}
+    for name, extra in _VARIANTS.items():
+        options = known_options(extra)
+        if options != extra:
+            continue
+        engine = Engine()
+        engine._options = {**engine._options, **options}
+        phases.update(dict.fromkeys(phases, 0.0))
+        start = time.perf_counter()
+        prepared = [engine.prepare(plan, size, form, gradient=True) for plan in plans]
+        for network in prepared:
+            for pair in network.programs:
+                for program in (pair.forward, pair.backward):
+                    if program is not None:
+                        program.compile()
+            for program in network.sums.values():
+                program.compile()
+        seconds = time.perf_counter() - start
+        weights = [
+            {
+                n: tuple(0.05 * jnp.ones(s) for s in shapes)
+                for step in plan.steps
+                for n, shapes in zip(step.names, form.shapes(step.unit), strict=True)
+            }
+            for plan in plans
+        ]
+        dlogits, runs = jnp.ones((size, 10)) / size, []
+        for _ in range(6):
+            begin = time.perf_counter()
+            for network, own in zip(prepared, weights, strict=True):
+                _, trace = engine.forward(network, own, images, keep=True)
+                out = engine.backward(network, own, trace, dlogits)
+            jax.block_until_ready(out)
+            runs.append(time.perf_counter() - begin)
+        found[name] = {
+            "programs": len(engine.programs), "compile_seconds": seconds,
+            "run_seconds": statistics.median(runs[1:]), "first_run_seconds": runs[0],
+            **{f"{k}_thread_seconds": v for k, v in phases.items()},
+        }  # fmt: skip
+        report(found)
+        engine.programs.close()
+    return {"networks": len(plans), "of": found}
 
 
 def train(case: Case, options: Options, deadline: float, results: Results) -> dict:
@@ -353,30 +455,40 @@ def main(options: Options) -> int:
         keep_programs(options.cache_dir)
     results, failed = Results(options.out), 0
     results.add("about", about())
-    case = Case(options.small)
-    share = 60 * options.minutes  # of the time, a part each
-    parts = {
-        "walk": lambda: walk(case),
-        "correctness": lambda: correctness(case, 2 if options.small else 4),
-        "updates": lambda: updates(
-            case, options, "float32", 0.3 * share, lambda x: results.add("updates", x)
-        ),
-        "updates_bfloat16": lambda: updates(
-            case, options, "bfloat16", 0.1 * share, lambda x: results.add("updates_bfloat16", x)
-        ),
-    }
-    if options.reference is not None:
-        parts["reference"] = lambda: theirs(case, options, 5)
-    parts["training"] = lambda: train(case, options, deadline, results)
-    for name, part in parts.items():
-        try:
-            begin = time.perf_counter()
-            value = part()
-            results.add(name, {**value, "part_seconds": round(time.perf_counter() - begin, 1)})
-            failed += value.get("passed") is False
-        except Exception:  # the next part may still say something
-            failed += 1
-            results.add(name, {"error": traceback.format_exc()[-2000:]})
+    with tempfile.TemporaryDirectory() as folder:
+        nets = None
+        if options.reference is not None:
+            export("train", Path(folder), num=16 * options.updates)
+            nets = Path(folder) / "deepnets1m_train.hdf5"
+        case = Case(options.small, nets)
+        share = 60 * options.minutes  # of the time, a part each
+
+        def timed(name: str, dtype: str, part: float):
+            return updates(case, options, dtype, part * share, lambda x: results.add(name, x))
+
+        parts = {
+            "walk": lambda: walk(case),
+            "correctness": lambda: correctness(case, 2 if options.small else 4),
+            "updates": lambda: timed("updates", "float32", 0.3),
+            "updates_bfloat16": lambda: timed("updates_bfloat16", "bfloat16", 0.1),
+        }
+        if nets is not None:
+            parts["reference"] = lambda: theirs(case, options, nets, results.data["updates"], 5)
+        parts["calls"] = calls
+        parts["compile_options"] = lambda: compile_options(
+            case, 3, lambda x: results.add("compile_options", x)
+        )
+        if options.train:
+            parts["training"] = lambda: train(case, options, deadline, results)
+        for name, part in parts.items():
+            try:
+                begin = time.perf_counter()
+                value = part()
+                results.add(name, {**value, "part_seconds": round(time.perf_counter() - begin, 1)})
+                failed += value.get("passed") is False
+            except Exception:  # the next part may still say something
+                failed += 1
+                results.add(name, {"error": traceback.format_exc()[-2000:]})
     results.add("seconds", round(time.perf_counter() - start, 1))
     return 1 if failed else 0
 
