@@ -17,14 +17,18 @@ and the next one runs. Without an accelerator all of it runs on the CPU: a rehea
 
 from __future__ import annotations
 
+import cProfile
 import dataclasses
 import gzip
+import io
 import json
 import os
 import platform
+import pstats
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from contextlib import closing
@@ -44,6 +48,7 @@ from ghn_jax.deepnets1m.task import Task
 from ghn_jax.deepnets1m.units import NormSum
 from ghn_jax.engine.compilation import CompilationCounter, keep_programs, known_options
 from ghn_jax.engine.engine import Engine
+from ghn_jax.engine.programs import Programs
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.training.config import preset
@@ -99,6 +104,38 @@ def about() -> dict:
     }
 
 
+_PHASES = {
+    "/jax/core/compile/jaxpr_trace_duration": "tracing",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
+    "/jax/core/compile/backend_compile_duration": "XLA",
+}
+
+
+class Phases(dict):
+    """Thread-seconds of making programs, by phase; a thread of its own prints them now and then."""
+
+    def __init__(self, programs: Programs, every: float = 10.0):
+        super().__init__(dict.fromkeys(_PHASES.values(), 0.0))
+        self._lock = threading.Lock()
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        threading.Thread(target=self._print, args=(programs, every), daemon=True).start()
+
+    def _listen(self, event: str, duration: float, **_) -> None:
+        if event in _PHASES:
+            with self._lock:
+                self[_PHASES[event]] += duration
+
+    def _print(self, programs: Programs, every: float) -> None:
+        start = time.perf_counter()
+        while True:
+            time.sleep(every)
+            seconds = ", ".join(f"{name} {s:.0f}" for name, s in self.items())
+            print(
+                f"[{time.perf_counter() - start:.0f} s: {programs.made} of {len(programs)} "
+                f"programs; thread-seconds: {seconds}]", flush=True,
+            )  # fmt: skip
+
+
 class Case:
     """The meta-batches that are run."""
 
@@ -131,7 +168,7 @@ class Case:
         return images, rng.integers(0, 10, count).astype(np.int32)
 
 
-def correctness(case: Case, architectures: int) -> dict:
+def correctness(case: Case, programs: Programs, architectures: int) -> dict:
     """Relative differences of loss and gradient between the device and the CPU."""
     images, labels = case.images(16)
     found = [case.architecture(1000 + i) for i in range(architectures)]
@@ -139,13 +176,15 @@ def correctness(case: Case, architectures: int) -> dict:
     results = []
     with jax.default_matmul_precision("highest"):
         for device in (jax.local_devices()[0], jax.devices("cpu")[0]):
-            step = MetaStep(case.ghn, optax.identity(), mesh=make_mesh([device]))
+            start = time.perf_counter()
+            step = MetaStep(case.ghn, optax.identity(), mesh=make_mesh([device]), programs=programs)
             with closing(step), jax.default_device(device):
                 update = step.prepare(batch, len(images))
                 params = step._local(step.init(0).params)
                 arrays = jax.device_put((images, labels), step.engine.split)
                 totals, gradient = step.gradient(params, update, *arrays, np.int32(0))
                 results.append((np.array(totals), np.asarray(gradient)))
+            print(f"{device.platform}: {time.perf_counter() - start:.1f} s", flush=True)
     (totals, gradient), (expected, reference) = results
     losses = np.abs(totals[:, 0] / expected[:, 0] - 1)
     error = np.linalg.norm(gradient - reference) / np.linalg.norm(reference)
@@ -181,58 +220,87 @@ def _device_seconds(folder: Path) -> float | None:
     return busy / 1e6 if spans else None
 
 
-def updates(case: Case, options: Options, dtype: str, seconds: float, report) -> dict:
-    """Times updates, each meta-batch's second one, for some seconds; programs come some ahead."""
+def updates(
+    case: Case, options: Options, programs: Programs, dtype: str, seconds: float, report
+) -> dict:
+    """Times updates: meta-batches run once, for some seconds, then again, nothing beside them."""
     counter, cpu = CompilationCounter(), jax.default_backend() == "cpu"
-    step = MetaStep(
-        case.ghn, case.config.optimiser.make(1000), workers=2 if cpu else 1, dtype=jnp.dtype(dtype)
-    )
-    images, labels = case.images(case.config.data.batch_size)
-    start = time.perf_counter()
-    state, ran, whole, host, found = step.init(0), [], [], [], {"dtype": dtype}
-    ahead = (step.prepare(batch, len(images)) for batch in case.stream().batches(0))
-    with closing(step), closing(prefetch(ahead, size=8)) as prepared:
-        while len(ran) < options.updates and (not ran or time.perf_counter() < start + seconds):
-            update = next(prepared)
-            state, metrics = jax.block_until_ready(step(state, update, images, labels))
-            found.setdefault("first_update", time.perf_counter() - start)
+    size = case.config.data.batch_size
+    images, labels = case.images(size)
+
+    def make(workers: int) -> MetaStep:
+        return MetaStep(
+            case.ghn, case.config.optimiser.make(1000), workers=workers, dtype=jnp.dtype(dtype),
+            programs=programs,
+        )  # fmt: skip
+
+    start, found = time.perf_counter(), {"dtype": dtype, "workers": 2 if cpu else 1}
+    with closing(make(found["workers"])) as step:
+        state, ran, known, host, whole = step.init(0), [], len(programs), [], []
+        ahead = (step.prepare(batch, size) for batch in case.stream().batches(0))
+        with closing(prefetch(ahead, size=2)) as prepared:
+            while len(ran) < options.updates and (not ran or time.perf_counter() < start + seconds):
+                ran.append(next(prepared))
+                state, metrics = jax.block_until_ready(step(state, ran[-1], images, labels))
+                found.setdefault("first_update", time.perf_counter() - start)
+                found |= {
+                    "meta_batches": len(ran),
+                    "positions": [u.batch.position for u in ran],
+                    "loss": float(metrics.loss),
+                    "programs": len(programs) - known,
+                    "compile_thread_seconds": counter.seconds,
+                    "with_compilation": time.perf_counter() - start,
+                }
+                report(found)
+        programs.wait()
+        for update in ran:
             begin = time.perf_counter()
             state, metrics = step(state, update, images, labels)
             host.append(time.perf_counter() - begin)
             jax.block_until_ready(metrics)
             whole.append(time.perf_counter() - begin)
-            ran.append(update)
-            found |= {
-                "meta_batches": len(whole),
-                "positions": [u.batch.position for u in ran],
-                "seconds": [round(s, 5) for s in whole],
-                "seconds_median": statistics.median(whole),
-                "seconds_mean": statistics.fmean(whole),
-                "seconds_slowest": max(whole),
-                "host_median": statistics.median(host),
-                "loss": float(metrics.loss),
-                "programs": len(step.engine.programs),
-                "compile_thread_seconds": counter.seconds,
-                "with_compilation": time.perf_counter() - start,
-            }
-            report(found)
-        # One behind the other, as training runs them.
-        begin = time.perf_counter()
-        for update in ran:
-            state, metrics = step(state, update, images, labels)
+        found |= {
+            "seconds": [round(s, 5) for s in whole],
+            "seconds_median": statistics.median(whole),
+            "seconds_mean": statistics.fmean(whole),
+            "seconds_slowest": max(whole),
+            "host_median": statistics.median(host),
+        }
+        report(found)
+        profile = cProfile.Profile()
+        profile.enable()
+        state, metrics = step(state, ran[0], images, labels)
+        profile.disable()
         jax.block_until_ready(metrics)
-        found["seconds_queued"] = (time.perf_counter() - begin) / len(ran)
+        text = io.StringIO()
+        pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(12)
+        found["host_profile"] = [line.strip() for line in text.getvalue().splitlines() if line][3:]
         if not cpu:
             with tempfile.TemporaryDirectory() as folder:
                 folder = (options.profile or Path(folder)) / dtype
                 begin = time.perf_counter()
                 with jax.profiler.trace(str(folder)):
-                    for update in ran[:3]:
+                    for update in ran[:2]:
                         state, metrics = step(state, update, images, labels)
                     jax.block_until_ready(metrics)
-                found["profiled_seconds"] = (time.perf_counter() - begin) / len(ran[:3])
+                found["profiled_seconds"] = (time.perf_counter() - begin) / len(ran[:2])
                 busy = _device_seconds(folder)
-                found["device_busy_seconds"] = busy and busy / len(ran[:3])
+                found["device_busy_seconds"] = busy and busy / len(ran[:2])
+        report(found)
+    # One behind the other, as training runs them, by threads that issue networks.
+    found["seconds_queued"] = {}
+    for workers in (1, 2, 4) if dtype == "float32" else (found["workers"],):
+        with closing(make(workers)) as step:
+            again = [step.prepare(update.batch, size) for update in ran]
+            programs.wait()
+            state, metrics = step(step.init(0), again[0], images, labels)
+            jax.block_until_ready(metrics)
+            begin = time.perf_counter()
+            for update in again:
+                state, metrics = step(state, update, images, labels)
+            jax.block_until_ready(metrics)
+            found["seconds_queued"][workers] = (time.perf_counter() - begin) / len(again)
+            report(found)
     memory = jax.local_devices()[0].memory_stats() or {}
     return {**found, "peak_bytes": memory.get("peak_bytes_in_use")}
 
@@ -332,50 +400,30 @@ def calls() -> dict:
 
 
 _VARIANTS = {
-    "ours": {},
-    "autotuning off": {"xla_gpu_autotune_level": "0"},
-    "autotuning off, no Triton": {
+    "ours": {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False},
+    "with Triton": {"xla_gpu_autotune_level": "0"},
+    "no CUDA graphs": {
         "xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_graph_min_graph_size": "1000000",
     },
-    "no CUDA graphs": {"xla_gpu_graph_min_graph_size": "1000000"},
-    "no Triton": {"xla_gpu_enable_triton_gemm": False},
+    "XLA's own": {},
 }  # fmt: skip
-_PHASES = {
-    "/jax/core/compile/jaxpr_trace_duration": "trace",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
-    "/jax/core/compile/backend_compile_duration": "xla",
-}
 
 
-def compile_options(case: Case, networks: int, report) -> dict:
+def compile_options(case: Case, phases: Phases, networks: int, report) -> dict:
     """Some networks' programs compiled from nothing with XLA's options one way and another."""
     form, batch = Tiles(case.ghn), next(case.stream().batches(0))
     plans, size = batch.plans[:networks], case.config.data.batch_size
-    phases = dict.fromkeys(_PHASES.values(), 0.0)
-
-    def listen(event, duration, **_):
-        if event in _PHASES:
-            phases[_PHASES[event]] += duration
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
     images = jnp.asarray(case.images(size)[0])
     found = {}
     for name, extra in _VARIANTS.items():
         options = known_options(extra)
         if options != extra:
             continue
-        engine = Engine()
-        engine._options = {**engine._options, **options}
-        phases.update(dict.fromkeys(phases, 0.0))
+        engine, before = Engine(options=options), dict(phases)
         start = time.perf_counter()
         prepared = [engine.prepare(plan, size, form, gradient=True) for plan in plans]
-        for network in prepared:
-            for pair in network.programs:
-                for program in (pair.forward, pair.backward):
-                    if program is not None:
-                        program.compile()
-            for program in network.sums.values():
-                program.compile()
+        engine.programs.wait()
         seconds = time.perf_counter() - start
         weights = [
             {
@@ -396,19 +444,19 @@ def compile_options(case: Case, networks: int, report) -> dict:
         found[name] = {
             "programs": len(engine.programs), "compile_seconds": seconds,
             "run_seconds": statistics.median(runs[1:]), "first_run_seconds": runs[0],
-            **{f"{k}_thread_seconds": v for k, v in phases.items()},
+            "thread_seconds": {k: phases[k] - before[k] for k in phases},
         }  # fmt: skip
         report(found)
         engine.programs.close()
     return {"networks": len(plans), "of": found}
 
 
-def train(case: Case, options: Options, deadline: float, results: Results) -> dict:
+def train(options: Options, programs: Programs, deadline: float, results: Results) -> dict:
     """Trains until the deadline; saves what it has every minute."""
     images = load_images(options.dataset, "train", data_dir=options.data_dir)
     config = preset("demo" if images.image_size < 32 else "ghn2")
     ghn, rules = config.ghn(images.task), config.space.rules(images.image_size)
-    step = MetaStep(ghn, config.optimiser.make(10_000))
+    step = MetaStep(ghn, config.optimiser.make(10_000), programs=programs)
     stream = Stream(
         ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.space.meta_batch,
         images.image_size, graph_nodes=config.space.graph_nodes,
@@ -462,24 +510,28 @@ def main(options: Options) -> int:
             nets = Path(folder) / "deepnets1m_train.hdf5"
         case = Case(options.small, nets)
         share = 60 * options.minutes  # of the time, a part each
+        programs = Programs()
+        phases = Phases(programs)
 
         def timed(name: str, dtype: str, part: float):
-            return updates(case, options, dtype, part * share, lambda x: results.add(name, x))
+            return updates(
+                case, options, programs, dtype, part * share, lambda x: results.add(name, x)
+            )
 
-        parts = {
-            "walk": lambda: walk(case),
-            "correctness": lambda: correctness(case, 2 if options.small else 4),
-            "updates": lambda: timed("updates", "float32", 0.3),
-            "updates_bfloat16": lambda: timed("updates_bfloat16", "bfloat16", 0.1),
-        }
+        parts = {"updates": lambda: timed("updates", "float32", 0.2)}
         if nets is not None:
             parts["reference"] = lambda: theirs(case, options, nets, results.data["updates"], 5)
-        parts["calls"] = calls
-        parts["compile_options"] = lambda: compile_options(
-            case, 3, lambda x: results.add("compile_options", x)
-        )
+        parts |= {
+            "correctness": lambda: correctness(case, programs, 2),
+            "updates_bfloat16": lambda: timed("updates_bfloat16", "bfloat16", 0.06),
+            "calls": calls,
+            "walk": lambda: walk(case),
+            "compile_options": lambda: compile_options(
+                case, phases, 1, lambda x: results.add("compile_options", x)
+            ),
+        }
         if options.train:
-            parts["training"] = lambda: train(case, options, deadline, results)
+            parts["training"] = lambda: train(options, programs, deadline, results)
         for name, part in parts.items():
             try:
                 begin = time.perf_counter()
@@ -489,6 +541,7 @@ def main(options: Options) -> int:
             except Exception:  # the next part may still say something
                 failed += 1
                 results.add(name, {"error": traceback.format_exc()[-2000:]})
+        programs.close()
     results.add("seconds", round(time.perf_counter() - start, 1))
     return 1 if failed else 0
 

@@ -506,6 +506,15 @@ def test_programs_are_shared(engine):
     assert len({float(logits[0, 0]) for logits, _ in results}) == len(order)
 
 
+def test_the_callers_matmul_precision_reaches_the_threads_that_compile(engine):
+    spec = (((4, 4), jnp.dtype(jnp.float32), engine.whole),)
+    usual = engine.program("square", lambda x: x @ x, spec)
+    with jax.default_matmul_precision("highest"):
+        exact = engine.program("square", lambda x: x @ x, spec)
+    assert "highest" in exact.compile().as_text()
+    assert "highest" not in usual.compile().as_text()
+
+
 def test_equal_units_of_other_architectures_are_the_same_programs():
     """The same edges between other nodes, more cells: nothing new."""
     first = Genotype((("conv_3x3", 0), ("cse", 1)), (2,), (("conv_3x3", 0), ("cse", 1)), (2,))
@@ -577,7 +586,7 @@ def test_tiles_of_chunks_are_those_of_their_nodes(engine):
     encode = jax.jit(lambda params: ghn.apply({"params": params}, graph))
     n_node = len(graph.nodes["primitive"])
     programs = TilePrograms(ghn, engine, params)
-    states = programs.encode(graph)(params, graph)
+    states, residuals = programs.encode(graph)(params, graph)
     assert_close(states, encode(params), 1e-5)
     chunks = make_chunks(graphs)
     assert any(len(c.owners) < len(c.nodes) for c in chunks)
@@ -608,6 +617,6 @@ def test_tiles_of_chunks_are_those_of_their_nodes(engine):
     added = jax.tree.map(jnp.add, *sums)
     assert_close(added, (total[0]["decoder"], total[1]), 1e-4)
     # And on to the encoder.
-    gradient = programs.encode_backward(graph, 2)(params, graph, tuple(sums))
+    gradient = programs.encode_backward(graph, 2)(params, graph, residuals, tuple(sums))
     (encoder,) = jax.jit(lambda p, g: jax.vjp(encode, p)[1](g))(params, total[1])
     assert_close(gradient, ravel_pytree(jax.tree.map(jnp.add, encoder, total[0]))[0], 1e-4)

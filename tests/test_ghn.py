@@ -5,6 +5,7 @@ test_parity.py.
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +96,16 @@ def test_every_node_hears_of_every_other():
         assert (jnp.abs(other - states).max(1) > 0).all()
 
 
+def gru(params, message, hidden):
+    """PyTorch's cell, gate by gate."""
+    given, held = (
+        jnp.split(gatedgnn.dense(params[name], v), 3, -1)
+        for name, v in (("input", message), ("hidden", hidden))
+    )
+    reset, update = (nn.sigmoid(a + b) for a, b in zip(given[:2], held[:2], strict=True))
+    return (1 - update) * jnp.tanh(given[2] + reset * held[2]) + update * hidden
+
+
 def node_after_node(layers, x, graph, virtual_includes_real):
     """Eqs. 3 and 4 as they are written: one node, then the next."""
     mlps = [[layers[f"{n}_{i}"] for i in range(2)] for n in ("mlp", "mlp_virtual")]
@@ -108,7 +119,7 @@ def node_after_node(layers, x, graph, virtual_includes_real):
         def update(x, v, real=real, virtual=virtual):
             said = [gatedgnn.mlp(p, x) for p in mlps]
             message = real[v] @ said[0] + virtual[v] @ said[1]
-            return x.at[v].set(gatedgnn.gru(cell, message, x[v])), None
+            return x.at[v].set(gru(cell, message, x[v])), None
 
         nodes = np.asarray(graph.globals[sweep]).ravel()
         x, _ = jax.lax.scan(update, x, nodes[nodes < len(x)])

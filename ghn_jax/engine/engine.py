@@ -97,6 +97,7 @@ class Engine:
       devices: share the images of every network that runs; JAX's first if not given.
       dtype: of images and values; parameters, statistics and losses are float32 in any case.
       programs: where compiled programs are kept; new ones if not given.
+      options: for XLA's compiler; `compilation.program_options` of the device if not given.
     """
 
     def __init__(
@@ -105,13 +106,14 @@ class Engine:
         *,
         dtype=jnp.float32,
         programs: Programs | None = None,
+        options: Mapping[str, str | bool] | None = None,
     ):
         devices = list(devices or jax.local_devices()[:1])
         self.mesh = Mesh(np.array(devices), (DATA,))
         self.whole, self.split = (NamedSharding(self.mesh, spec) for spec in (P(), P(DATA)))
         self.layers = cpu_layers if devices[0].platform == "cpu" else layers
         self.dtype = jnp.dtype(dtype)
-        self._options = program_options(devices[0])
+        self._options = program_options(devices[0]) if options is None else dict(options)
         self.programs = Programs() if programs is None else programs
 
     # --- Programs ---------------------------------------------------------------------------------
@@ -126,11 +128,17 @@ class Engine:
           outputs: tree of shardings, or a prefix of it; `whole` if not given.
           donate: arguments whose memory may be used for results.
         """
-        leaves, tree = jax.tree.flatten(inputs, is_leaf=_is_spec)
-        key = (key, tuple(leaves), tree, self.mesh, self.dtype)
+        leaves, tree = jax.tree.flatten(inputs, is_leaf=is_spec)
+        # The caller's; the thread that compiles would have the default.
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        key = (key, tuple(leaves), tree, self.mesh, self.dtype, precision)
         outputs = self.whole if outputs is None else outputs
 
         def make():
+            with jax.default_matmul_precision(precision):
+                return compiled()
+
+        def compiled():
             avals = [jax.ShapeDtypeStruct(s, d, sharding=where) for s, d, where in leaves]
             jitted = jax.jit(function, out_shardings=outputs, donate_argnums=donate)
             lowered = jitted.lower(*jax.tree.unflatten(tree, avals))
@@ -461,7 +469,8 @@ def tree_of(plan: Plan, weights: Weights) -> dict:
     return tree
 
 
-def _is_spec(x) -> bool:
+def is_spec(x) -> bool:
+    """Whether it is (shape, dtype, sharding) of an array; see `Engine.program`."""
     return isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], NamedSharding)
 
 

@@ -93,6 +93,13 @@ class Programs:
         self._pool.submit(program.compile)
         return program
 
+    def wait(self) -> None:
+        """Waits until all programs are compiled."""
+        with self._lock:
+            programs = list(self._programs.values())
+        for program in programs:
+            program.compile()
+
     def make_room(self) -> None:
         """Near Linux's limit of memory mappings, forgets the half that was not asked for longest.
 

@@ -47,18 +47,6 @@ def mlp(params, x):
     return nn.relu(dense(params[1], nn.relu(dense(params[0], x))))
 
 
-def gru(params, message, hidden):
-    """One GRU update (W, d), (W, d) -> (W, d) in PyTorch's convention.
-
-    The reset gate acts on the hidden part of the candidate after its bias.
-    """
-    ri, zi, ni = jnp.split(dense(params["input"], message), 3, axis=-1)
-    rh, zh, nh = jnp.split(dense(params["hidden"], hidden), 3, axis=-1)
-    reset, update = nn.sigmoid(ri + rh), nn.sigmoid(zi + zh)
-    candidate = jnp.tanh(ni + reset * nh)
-    return (1 - update) * candidate + update * hidden
-
-
 class _Layers(NamedTuple):
     """Parameters of the encoder: MLPs of real and (if there are) virtual edges, and the GRU."""
 
@@ -66,12 +54,69 @@ class _Layers(NamedTuple):
     cell: dict
 
 
-def _weights(rows: jax.Array, layers: _Layers, virtual_includes_real: bool) -> list[jax.Array]:
+class _Joined(NamedTuple):
+    """The same parameters, joined so that a step is few products: on a GPU each costs a launch.
+
+    Attributes:
+      first: (d, K h) kernel and bias of the K MLPs' first layers, side by side.
+      second: (K, h, d) kernels and (K, 1, d) biases of their second layers.
+      cell: (2 d, 4 d) kernel and bias of the GRU, from message and hidden state to reset gate,
+        update gate, and the two parts of the candidate.
+    """
+
+    first: tuple[jax.Array, jax.Array]
+    second: tuple[jax.Array, jax.Array]
+    cell: tuple[jax.Array, jax.Array]
+
+
+def _join(layers: _Layers) -> _Joined:
+    firsts, seconds = zip(*layers.mlps, strict=True)
+    names = ("kernel", "bias")
+
+    def cell(name: str) -> tuple[jax.Array, jax.Array]:
+        given, held = (jnp.split(layers.cell[part][name], 3, -1) for part in ("input", "hidden"))
+        none = jnp.zeros_like(given[2])
+        return jnp.concatenate([*given, none], -1), jnp.concatenate([*held[:2], none, held[2]], -1)
+
+    kernels, biases = (jnp.stack([p[name] for p in seconds]) for name in names)
+    return _Joined(
+        first=tuple(jnp.concatenate([p[name] for p in firsts], -1) for name in names),
+        second=(kernels, biases[:, None]),
+        cell=(jnp.concatenate(cell("kernel")), sum(cell("bias"))),
+    )
+
+
+def _say(joined: _Joined, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(W, d) states -> (W, K h) hidden layers, and (K, W, d) what the nodes say."""
+    (kernel, bias), (kernels, biases) = joined.first, joined.second
+    hidden = nn.relu(state @ kernel + bias)
+    apart = hidden.reshape(len(state), len(kernels), -1)
+    return hidden, nn.relu(jnp.einsum("wkh,khd->kwd", apart, kernels) + biases)
+
+
+def _gates(joined: _Joined, message: jax.Array, state: jax.Array) -> tuple[jax.Array, ...]:
+    """(W, d) reset and update gates, candidate, and the candidate's part of the hidden state."""
+    kernel, bias = joined.cell
+    reset, update, given, held = jnp.split(
+        jnp.concatenate([message, state], -1) @ kernel + bias, 4, axis=-1
+    )
+    reset, update = nn.sigmoid(reset), nn.sigmoid(update)
+    return reset, update, jnp.tanh(given + reset * held), held
+
+
+def _gru(joined: _Joined, message: jax.Array, state: jax.Array) -> jax.Array:
+    """One GRU update (W, d), (W, d) -> (W, d) in PyTorch's convention.
+
+    The reset gate acts on the hidden part of the candidate after its bias.
+    """
+    _, update, candidate, _ = _gates(joined, message, state)
+    return (1 - update) * candidate + update * state
+
+
+def _weights(rows: jax.Array, count: int, virtual_includes_real: bool) -> list[jax.Array]:
     """(W, N) rows of a matrix of edge weights -> for each MLP, how much each edge counts."""
     real = (rows == 1).astype(rows.dtype)
-    if len(layers.mlps) == 1:
-        return [real]
-    return [real, rows if virtual_includes_real else rows - real]
+    return [real, rows if virtual_includes_real else rows - real][:count]
 
 
 def _take(array: jax.Array, nodes: jax.Array) -> jax.Array:
@@ -100,10 +145,6 @@ def _walk(schedule: jax.Array, step: Callable, carry, *, reverse: bool = False):
     return lax.fori_loop(0, count, one, carry)
 
 
-def _say(layers: _Layers, state: jax.Array) -> list[jax.Array]:
-    return [mlp(p, state) for p in layers.mlps]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sweep(
     virtual_includes_real: bool,
@@ -125,46 +166,68 @@ def sweep(
 
 
 def _sweep_forward(virtual_includes_real, layers, x, matrix, schedule):
-    def step(carry, nodes):
-        state, messages, said = carry
-        weights = _weights(_take(matrix, nodes), layers, virtual_includes_real)
-        message = sum(w @ s for w, s in zip(weights, said, strict=True))
-        new = gru(layers.cell, message, _take(state, nodes))
-        said = [_put(s, nodes, m) for s, m in zip(said, _say(layers, new), strict=True)]
-        return _put(state, nodes, new), _put(messages, nodes, message), said
+    joined, count = _join(layers), len(layers.mlps)
 
-    nothing = jnp.zeros_like(x)
-    carry = x, nothing, [nothing for _ in layers.mlps]
-    state, messages, _ = _walk(schedule, step, carry)
-    return state, (layers, x, matrix, schedule, state, messages)
+    def step(carry, nodes):
+        found, said = carry
+        weights = _weights(_take(matrix, nodes), count, virtual_includes_real)
+        message = sum(w @ s for w, s in zip(weights, said, strict=True))
+        new = _gru(joined, message, _take(x, nodes))
+        found = _put(found, nodes, jnp.concatenate([new, message], -1))
+        return found, [_put(s, nodes, m) for s, m in zip(said, _say(joined, new)[1], strict=True)]
+
+    carry = jnp.concatenate([x, jnp.zeros_like(x)], -1), [jnp.zeros_like(x)] * count
+    found, said = _walk(schedule, step, carry)
+    state, messages = jnp.split(found, 2, -1)
+    return state, (layers, x, matrix, schedule, state, messages, said)
 
 
 def _sweep_backward(virtual_includes_real, residuals, g):
     """Nodes in reverse: what those that heard a node hand back is one product, as forwards.
 
-    Autodiff would add to the cotangents of all nodes in every step. Parameters' gradients are taken
-    of all nodes at once, after the loop.
+    Autodiff would add to the cotangents of all nodes in every step. What does not depend on
+    cotangents is computed of all nodes at once, before the loop, and parameters' gradients after.
     """
-    layers, x, matrix, schedule, state, messages = residuals
+    layers, x, matrix, schedule, state, messages, said = residuals
+    joined, count, d = _join(layers), len(layers.mlps), x.shape[1]
+    (first, _), (second, _), (cell, _) = joined
+    reset, update, candidate, held = _gates(joined, messages, x)
+    # Of a step's GRU: the derivatives of its state by what goes into gates and candidate.
+    given = (1 - update) * (1 - candidate**2)
+    inner = jnp.stack(
+        [
+            given * held * reset * (1 - reset), (x - candidate) * update * (1 - update),
+            given, given * reset,
+        ],
+        axis=1,
+    )  # fmt: skip
+    # And of its MLPs: which units are on.
+    on = _say(joined, state)[0] > 0, jnp.stack(said, 1) > 0
     matrix = matrix.T
 
     def step(carry, nodes):
-        dmessages, dsaid, dnew, dx = carry
-        weights = _weights(_take(matrix, nodes), layers, virtual_includes_real)
-        said = [w @ dmessages for w in weights]
-        new = _take(g, nodes) + jax.vjp(lambda s: _say(layers, s), _take(state, nodes))[1](said)[0]
-        hidden = _take(messages, nodes), _take(x, nodes)
-        message, old = jax.vjp(functools.partial(gru, layers.cell), *hidden)[1](new)
-        dsaid = [_put(a, nodes, b) for a, b in zip(dsaid, said, strict=True)]
-        return (
-            _put(dmessages, nodes, message), dsaid, _put(dnew, nodes, new), _put(dx, nodes, old),
-        )  # fmt: skip
+        dmessages, found = carry
+        weights = _weights(_take(matrix, nodes), count, virtual_includes_real)
+        dsaid = jnp.stack([w @ dmessages for w in weights], 1)
+        heard = jnp.where(_take(on[1], nodes), dsaid, 0)
+        heard = jnp.einsum("wkd,khd->wkh", heard, second).reshape(len(nodes), -1)
+        new = _take(g, nodes) + jnp.where(_take(on[0], nodes), heard, 0) @ first.T
+        dmessage = (new[:, None] * _take(inner, nodes)).reshape(len(nodes), -1) @ cell[:d].T
+        rows = jnp.concatenate([new[:, None], dsaid], 1)
+        return _put(dmessages, nodes, dmessage), _put(found, nodes, rows)
 
-    nothing = jnp.zeros_like(x)
-    carry = nothing, [nothing for _ in layers.mlps], nothing, g
-    _, dsaid, dnew, dx = _walk(schedule, step, carry, reverse=True)
-    dlayers = jax.vjp(lambda p: (_say(p, state), gru(p.cell, messages, x)), layers)[1]
-    return dlayers((dsaid, dnew))[0], dx, None, None
+    carry = jnp.zeros_like(x), jnp.zeros((len(x), 1 + count, d), x.dtype)
+    _, found = _walk(schedule, step, carry, reverse=True)
+    dnew, dsaid = found[:, 0], jnp.moveaxis(found[:, 1:], 1, 0)
+    dx = dnew * update + (dnew[:, None] * inner).reshape(len(x), -1) @ cell[d:].T
+    updated = jnp.zeros(len(x), bool).at[schedule].set(True, mode="drop")
+
+    def of_all(layers):
+        joined = _join(layers)
+        return _say(joined, state)[1], _gru(joined, messages, x)
+
+    dlayers = jax.vjp(of_all, layers)[1]
+    return dlayers((dsaid, dnew))[0], jnp.where(updated[:, None], dx, g), None, None
 
 
 sweep.defvjp(_sweep_forward, _sweep_backward)

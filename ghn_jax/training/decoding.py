@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 
 from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.deepnets1m.units import Arrays, Classifier, Unit
-from ghn_jax.engine.engine import Engine
+from ghn_jax.engine.engine import Engine, is_spec
 from ghn_jax.engine.programs import Program
 from ghn_jax.hypernet.decoder import Decoder
 from ghn_jax.hypernet.ghn import GHN
@@ -142,32 +142,52 @@ class TilePrograms:
     def __init__(self, ghn: GHN, engine: Engine, params: Any):
         self.ghn, self.engine = ghn, engine
         self._params = _specs(engine, params)
+        self._known_residuals: dict[Any, Any] = {}
 
     def _states(self, nodes: int):
         return (nodes, self.ghn.features), jnp.dtype(jnp.float32), self.engine.whole
 
+    def _encoded(self, params, graph: jraph.GraphsTuple):
+        """(N, d) node states, and the function that takes their cotangent back to parameters."""
+        return jax.vjp(lambda p: self.ghn.apply({"params": p}, graph), params)
+
+    def _encode(self, params, graph):
+        states, vjp = self._encoded(params, graph)
+        return states, tuple(jax.tree.leaves(vjp))
+
     def encode(self, graph: jraph.GraphsTuple) -> Program:
-        """(params, graph) -> (N, d) node states."""
-
-        def encode(params, graph):
-            return self.ghn.apply({"params": params}, graph)
-
+        """(params, graph) -> (N, d) node states, and what `encode_backward` needs of the way."""
         specs = self._params, _specs(self.engine, graph)
-        return self.engine.program(("encode", self.ghn), encode, specs)
+        return self.engine.program(("encode", self.ghn), self._encode, specs)
 
     def encode_backward(self, graph: jraph.GraphsTuple, workers: int) -> Program:
-        """(params, graph, each worker's sums of `decode_backward`) -> (P,) gradient, flat."""
+        """(params, graph, residuals, each worker's sums of `decode_backward`) -> (P,) gradient."""
 
-        def encode_backward(params, graph, sums):
-            _, vjp = jax.vjp(lambda p: self.ghn.apply({"params": p}, graph), params)
+        def encode_backward(params, graph, residuals, sums):
+            # Traced for its structure: the values of the way forwards are those of `encode`.
+            _, vjp = self._encoded(params, graph)
+            vjp = jax.tree.unflatten(jax.tree.structure(vjp), residuals)
             ddecoder, dstates = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), sums)
             (dparams,) = vjp(dstates)
             # The encoder does not read the decoder's parameters.
             return ravel_pytree({**dparams, "decoder": ddecoder})[0]
 
         sums = self._params["decoder"], self._states(len(graph.nodes["primitive"]))
-        specs = self._params, _specs(self.engine, graph), (sums,) * workers
+        specs = self._params, _specs(self.engine, graph)
+        specs = *specs, self._residuals(*specs), (sums,) * workers
         return self.engine.program(("encode backward", self.ghn), encode_backward, specs)
+
+    def _residuals(self, params, graph):
+        """Specs of what `encode` hands to `encode_backward`."""
+        key = tuple(jax.tree.leaves(graph, is_leaf=is_spec))
+        if key not in self._known_residuals:
+            given = jax.tree.map(
+                lambda spec: jax.ShapeDtypeStruct(*spec[:2]), (params, graph), is_leaf=is_spec
+            )
+            self._known_residuals[key] = _specs(
+                self.engine, jax.eval_shape(self._encode, *given)[1]
+            )
+        return self._known_residuals[key]
 
     def _decode(self, params, part, states, nodes, kind: TileKind) -> jax.Array:
         """(n, ...) tiles, from the part of the decoder's parameters that the kind reads."""

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from ghn_jax.deepnets1m.units import Arrays
 from ghn_jax.engine.engine import Engine, Prepared
-from ghn_jax.engine.programs import Program
+from ghn_jax.engine.programs import Program, Programs
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.training.decoding import TilePrograms, Tiles
 from ghn_jax.training.mesh import ARCH, make_mesh
@@ -81,6 +81,7 @@ class MetaStep:
       seed: of the dropout in networks with two fully connected layers.
       workers: networks that run at once; more than one where a CPU is one device.
       dtype: that networks compute in; see `engine.Engine`.
+      programs: see `engine.Engine`; whoever gives them closes them.
     """
 
     def __init__(
@@ -93,12 +94,14 @@ class MetaStep:
         seed: int = 0,
         workers: int = 1,
         dtype=jnp.float32,
+        programs: Programs | None = None,
     ):
         self.ghn, self.optimizer, self.smoothing = ghn, optimizer, smoothing
         self.mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
         self.replicated = NamedSharding(self.mesh, P())
         here = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
-        self.engine = Engine(here, dtype=dtype)
+        self.engine = Engine(here, dtype=dtype, programs=programs)
+        self._own = programs is None
         self.seed, self.workers = seed, workers
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, "network")
         self.form = Tiles(ghn)
@@ -124,7 +127,8 @@ class MetaStep:
 
     def close(self) -> None:
         """Compiles nothing more."""
-        self.engine.programs.close()
+        if self._own:
+            self.engine.programs.close()
         self._pool.shutdown()
 
     # --- Before an update -------------------------------------------------------------------------
@@ -187,10 +191,10 @@ class MetaStep:
 
         return jax.tree.map(view, tree)
 
-    def _predict(self, update: Update, params) -> tuple[jax.Array, list[dict[str, Arrays]]]:
-        """Node states, and the tiles of each network."""
+    def _predict(self, update: Update, params) -> tuple[jax.Array, Any, list[dict[str, Arrays]]]:
+        """Node states, residuals of encoding them, and the tiles of each network."""
         batch = update.batch
-        states = update.encode(params, batch.graph)
+        states, residuals = update.encode(params, batch.graph)
 
         def decode(i):
             return update.decode[i](params["decoder"], states, batch.chunks[i].nodes)
@@ -200,7 +204,7 @@ class MetaStep:
         for chunk, arrays in zip(batch.chunks, found, strict=True):
             for (member, name), tile in zip(chunk.owners, arrays, strict=False):
                 tiles[member][name] = (tile,)
-        return states, tiles
+        return states, residuals, tiles
 
     def _share(self, function, count: int) -> list:
         """`function(i)` for i below a count, by all workers."""
@@ -242,7 +246,7 @@ class MetaStep:
           step: () int32 number of the update, which dropout's random numbers follow from.
         """
         batch = update.batch
-        states, tiles = self._predict(update, params)
+        states, residuals, tiles = self._predict(update, params)
         weight = np.float32(1 / len(batch.architectures))
 
         def run(i):
@@ -259,12 +263,12 @@ class MetaStep:
             lambda worker: self._decode_backward(update, params, states, dtiles, worker),
             self.workers,
         )
-        gradient = update.encode_backward(params, batch.graph, tuple(sums))
+        gradient = update.encode_backward(params, batch.graph, residuals, tuple(sums))
         return [totals for totals, _ in results], gradient
 
     def logits(self, params, update: Update, images: jax.Array) -> list[jax.Array]:
         """(B, classes) of each network, without dropout."""
-        _, tiles = self._predict(update, params)
+        *_, tiles = self._predict(update, params)
         engine, plans = self.engine, update.batch.plans
         networks = [engine.prepare(p, len(images), self.form, gradient=False) for p in plans]
         pairs = zip(networks, tiles, strict=True)
