@@ -196,8 +196,8 @@ def correctness(case: Case, programs: Programs, architectures: int) -> dict:
     }
 
 
-def _device_seconds(folder: Path) -> float | None:
-    """Seconds that a profile's device was busy: the union of what its streams ran."""
+def _device_time(folder: Path) -> dict | None:
+    """Seconds that a profile's device was busy, and what with: programs, and kernels by name."""
     files = sorted(folder.rglob("*.trace.json.gz"))
     if not files:
         return None
@@ -208,16 +208,21 @@ def _device_seconds(folder: Path) -> float | None:
         for e in events
         if e.get("name") == "process_name" and "/device:" in e["args"]["name"]
     }
-    spans = sorted(
-        (e["ts"], e["ts"] + e["dur"])
-        for e in events
-        if e.get("pid") in devices and e.get("ph") == "X"
-    )
-    busy, end = 0.0, 0.0
-    for start, stop in spans:
-        busy += max(0.0, stop - max(start, end))
+    ran = [e for e in events if e.get("pid") in devices and e.get("ph") == "X"]
+    ran = sorted((e for e in ran if "hlo_module" in e.get("args", {})), key=lambda e: e["ts"])
+    busy, end, totals = 0.0, 0.0, {"programs": {}, "kernels": {}}
+    for e in ran:
+        stop = e["ts"] + e["dur"]
+        busy += max(0.0, stop - max(e["ts"], end))
         end = max(end, stop)
-    return busy / 1e6 if spans else None
+        for kind, name in (("programs", e["args"]["hlo_module"]), ("kernels", e["name"][:60])):
+            count, seconds = totals[kind].get(name, (0, 0.0))
+            totals[kind][name] = count + 1, seconds + e["dur"] / 1e6
+    most = {
+        kind: dict(sorted(found.items(), key=lambda item: -item[1][1])[:25])
+        for kind, found in totals.items()
+    }
+    return {"busy_seconds": busy / 1e6, "events": len(ran), **most}
 
 
 def updates(
@@ -284,8 +289,7 @@ def updates(
                         state, metrics = step(state, update, images, labels)
                     jax.block_until_ready(metrics)
                 found["profiled_seconds"] = (time.perf_counter() - begin) / len(ran[:2])
-                busy = _device_seconds(folder)
-                found["device_busy_seconds"] = busy and busy / len(ran[:2])
+                found["profile_of_two"] = _device_time(folder)
         report(found)
     # One behind the other, as training runs them, by threads that issue networks.
     found["seconds_queued"] = {}
@@ -402,6 +406,7 @@ def calls() -> dict:
 _VARIANTS = {
     "ours": {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False},
     "with Triton": {"xla_gpu_autotune_level": "0"},
+    "level 1": {"xla_gpu_autotune_level": "1"},
     "no CUDA graphs": {
         "xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_graph_min_graph_size": "1000000",

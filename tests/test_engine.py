@@ -24,7 +24,7 @@ from ghn_jax.deepnets1m.task import Task
 from ghn_jax.deepnets1m.units import NormSum
 from ghn_jax.deepnets1m.wiring import Wiring, wire
 from ghn_jax.engine.compilation import program_options
-from ghn_jax.engine.engine import Engine, tree_of, weights_of
+from ghn_jax.engine.engine import Engine, array_operations, tree_of, weights_of
 from ghn_jax.engine.plan import Plan, make_plan
 from ghn_jax.engine.programs import Programs
 from ghn_jax.hypernet.ghn import GHN
@@ -422,6 +422,26 @@ def test_given_statistics(engine):
     assert_close(logits(statistics), expected, 1e-5)
     for name in statistics:
         assert error(logits({**statistics, name: 2 * statistics[name]}), expected) > 1e-3, name
+
+
+EVERYTHING = Genotype(
+    (("sep_conv_5x5", 0), ("avg_pool_3x3", 1), ("dil_conv_3x3", 0), ("conv_3x3", 2)), (2, 3),
+    (("conv_7x1_1x7", 0), ("max_pool_3x3", 1), ("cse", 0), ("conv_1x1", 2)), (2, 3),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_array_operations_of_other_platforms(platform):
+    """Run on this one: equal to the modules, and values stay in the engine's dtype."""
+    case, programs = Case.of(Architecture(EVERYTHING, 3, C=8)), Programs()
+    engines = [Engine(dtype=dtype, programs=programs) for dtype in ("float32", "bfloat16")]
+    for engine in engines:
+        engine.layers = array_operations(platform)
+    check(case, engines[0])
+    weights = weights_of(case.plan, params_of(case, random_tiles(case)))
+    rounded, expected = (walk(engine, case.plan, weights)[0] for engine in engines[::-1])
+    assert 1e-4 < error(rounded, expected) < 0.05
+    programs.close()
 
 
 # --- What else an engine does ---------------------------------------------------------------------

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ghn_jax.deepnets1m import layers
-from ghn_jax.engine import cpu_layers
+from ghn_jax.engine import cpu_layers, gpu_layers
 
+FORMS = (cpu_layers, gpu_layers)
 CHANNELS, FEATURES = 6, 5
 SIZES = (2, 7, 8)  # smaller than layers, odd, even
 
@@ -33,12 +34,15 @@ def assert_same(name, args, *options):
         y, vjp = jax.vjp(f, *args)
         return y, *vjp(random(*y.shape, seed=1))
 
-    functions = (getattr(module, name) for module in (cpu_layers, layers))
-    results = [run(functools.partial(call, f), *args) for f in functions]
-    for actual, expected in zip(*map(jax.tree.leaves, results), strict=True):
-        assert actual.shape == expected.shape
-        scale = max(np.abs(expected).max(), 1e-3)
-        np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-5)
+    wanted, *results = (
+        jax.tree.leaves(run(functools.partial(call, getattr(module, name)), *args))
+        for module in (layers, *FORMS)
+    )
+    for result in results:
+        for actual, expected in zip(result, wanted, strict=True):
+            assert actual.shape == expected.shape
+            scale = max(np.abs(expected).max(), 1e-3)
+            np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -115,7 +119,7 @@ def test_convolutions_are_padded_as_in_pytorch(name):
     x[0, 4, 4] = 1
     options = ((2, 2),) if name == "conv" else (2, 2)
     reach = 1 if name == "conv" else 2
-    for module in (layers, cpu_layers):
+    for module in (layers, *FORMS):
         y = np.asarray(getattr(module, name)(x, w, *options))[0, :, :, 0]
         assert y.shape == (5, 5)
         # The output pixel (i, j) stands on (2 i, 2 j).
@@ -131,7 +135,7 @@ def test_convolutions_are_padded_as_in_pytorch(name):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_pools_by_hand(stride):
     x = random(1, 5, 4, 1)
-    for module in (layers, cpu_layers):
+    for module in (layers, *FORMS):
         largest, mean = (f(x, stride)[0, ..., 0] for f in (module.max_pool, module.avg_pool))
         for i, j in np.ndindex(largest.shape):
             a, b = i * stride, j * stride
@@ -142,8 +146,8 @@ def test_pools_by_hand(stride):
 
 @pytest.mark.parametrize("name", [n for n in dir(layers) if n[0] != "_"])
 def test_forms_have_the_same_signature(name):
-    functions = [getattr(module, name, None) for module in (layers, cpu_layers)]
+    functions = [getattr(module, name, None) for module in (layers, *FORMS)]
     if name in ("concatenate", "lax", "jax", "jnp", "nn", "Sequence", "annotations"):
         return
-    first, second = (list(inspect.signature(f).parameters) for f in functions)
-    assert first == second
+    first, *others = (list(inspect.signature(f).parameters) for f in functions)
+    assert all(other == first for other in others)

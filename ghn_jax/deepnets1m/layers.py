@@ -1,6 +1,6 @@
 """Array operations of the design space, as plain `lax` with autodiff: their definition.
 
-Accelerators run these as they are; `engine/cpu_layers.py` has faster forms of them for CPUs. All
+`engine/cpu_layers.py` and `engine/gpu_layers.py` have faster forms of them. All
 images are (B, H, W, C); kernels are Flax's (height, width, in, out); padding is symmetric, half
 the dilated kernel, as in PyTorch.
 """

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from ghn_jax.deepnets1m import layers
 from ghn_jax.deepnets1m.layers import concatenate
 from ghn_jax.deepnets1m.names import insert, parameter_path
 from ghn_jax.deepnets1m.units import Arrays, Classifier, NormSum, Unit
-from ghn_jax.engine import cpu_layers
+from ghn_jax.engine import cpu_layers, gpu_layers
 from ghn_jax.engine.compilation import program_options
 from ghn_jax.engine.plan import IMAGES, Plan, Step
 from ghn_jax.engine.programs import Program, Programs
@@ -35,6 +36,11 @@ from ghn_jax.engine.programs import Program, Programs
 DATA = "data"  # mesh axis that images are divided along
 
 Weights = Mapping[str, Arrays]  # official parameter name -> arrays
+
+
+def array_operations(platform: str) -> types.ModuleType:
+    """The module of array operations that is fast on a platform: 'cpu', 'gpu', or others."""
+    return {"cpu": cpu_layers, "gpu": gpu_layers}.get(platform, layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Engine:
         devices = list(devices or jax.local_devices()[:1])
         self.mesh = Mesh(np.array(devices), (DATA,))
         self.whole, self.split = (NamedSharding(self.mesh, spec) for spec in (P(), P(DATA)))
-        self.layers = cpu_layers if devices[0].platform == "cpu" else layers
+        self.layers = array_operations(devices[0].platform)
         self.dtype = jnp.dtype(dtype)
         self._options = program_options(devices[0]) if options is None else dict(options)
         self.programs = Programs() if programs is None else programs
@@ -206,7 +212,7 @@ class Engine:
         """A unit in the engine's dtype."""
         tensors = [w.astype(self.dtype) for w in form.tensors(unit, params)]
         inputs = tuple(x if x is None else x.astype(self.dtype) for x in inputs)
-        return unit.apply(tuple(tensors), inputs, self.layers, **options)
+        return unit.apply(tuple(tensors), inputs, self.layers, **options).astype(self.dtype)
 
     def _unit_programs(self, step, form, params, inputs, out, gradient) -> _StepPrograms:
         unit, from_images = step.unit, step.inputs[0] == IMAGES
