@@ -278,7 +278,7 @@ def updates(
         profile.disable()
         jax.block_until_ready(metrics)
         text = io.StringIO()
-        pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(12)
+        pstats.Stats(profile, stream=text).strip_dirs().sort_stats("tottime").print_stats(12)
         found["host_profile"] = [line.strip() for line in text.getvalue().splitlines() if line][3:]
         if not cpu:
             with tempfile.TemporaryDirectory() as folder:

@@ -14,8 +14,9 @@ from ghn_jax.deepnets1m.counts import count_flops, count_parameters
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.engine.engine import Engine
+from ghn_jax.evaluation import nasbench201
 from ghn_jax.evaluation.accuracy import random_parameters
-from ghn_jax.evaluation.experiments import few_shot, nasbench201, search, trained_networks
+from ghn_jax.evaluation.experiments import few_shot, search, trained_networks
 from ghn_jax.evaluation.experiments.cluster import ClusterConfig, units
 from ghn_jax.evaluation.experiments.records import Records, read_records
 from ghn_jax.evaluation.experiments.saved_state import SavedState
@@ -369,11 +370,11 @@ def test_properties_by_the_command(tmp_path, capsys):
     arguments = ["properties", "--fit", str(tmp_path / "trained"), "--test", "--neupred-runs", "0",
                  "--out", str(out)]  # fmt: skip
     paper.main(arguments)
-    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [r["property"] for r in results] == ["clean accuracy", "noisy accuracy",
+    records = list(read_records(out).values())
+    assert [r["property"] for r in records] == ["clean accuracy", "noisy accuracy",
                                                 "inference time", "convergence time"]  # fmt: skip
-    assert all(len(r["taus"]) == 5 for r in results)
-    assert results[-1]["mean"] == 0  # all are equal: nothing is ranked
+    assert all(len(r["taus"]) == 5 for r in records)
+    assert records[-1]["taus"] == [0.0] * 5  # all are equal: nothing is ranked
     assert "11 networks to fit to, 11 to rank" in capsys.readouterr().out
     for name in ("table.md", "properties.png", "correlations.png"):
         assert (out / name).stat().st_size > 100
@@ -391,9 +392,14 @@ def test_nasbench201_by_its_command(tmp_path):
              accuracy=accuracy)  # fmt: skip
     arguments = ["nasbench201", "--quick", "--table", str(path), "--out", str(tmp_path / "out")]
     paper.main([*arguments, "--cells", "24", "--sizes", "10"])
-    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
-    methods = [json.loads(line)["method"] for line in lines]
+    records = read_records(tmp_path / "out").values()
+    methods = list(dict.fromkeys(record["method"] for record in records))
     assert methods == ["untrained GHN-2", "parameters", "FLOPs", "random", "best"]
+    # Another draw is added to those that there are.
+    before = (tmp_path / "out" / "records.jsonl").read_text()
+    paper.main([*arguments, "--cells", "24", "--sizes", "10", "--draws", "3"])
+    after = (tmp_path / "out" / "records.jsonl").read_text()
+    assert after.startswith(before) and after.count("\n") == before.count("\n") * 3 / 2
     assert (tmp_path / "out" / "nasbench201.png").stat().st_size > 5000
     for wrong, message in (
         (["--cells", "5"], "--cells is 5; allowed: 51"),

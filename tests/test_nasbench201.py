@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import ghn_jax
-from ghn_jax.evaluation.experiments import nasbench201 as nb
+from ghn_jax.evaluation import nasbench201 as nb
+from ghn_jax.evaluation.experiments import nasbench201 as experiment
+from ghn_jax.evaluation.experiments import neupred, regression
 from ghn_jax.interop.parity import _compare_graphs, _labels
 
 IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -237,7 +239,7 @@ def test_embeddings_of_cells():
     variables = jax.jit(ghn.init)(
         jax.random.key(0), ghn_jax.pad_graphs([nb.cell_graph(cells[0], 10)])
     )
-    found = nb.embed_cells(ghn, variables, cells)
+    found = experiment.embed_cells(ghn, variables, cells)
     for cell, embedding in zip(cells, found, strict=True):
         states = np.asarray(ghn.embed(variables, nb.cell_graph(cell, 10)))
         np.testing.assert_allclose(embedding, states.mean(0), rtol=1e-4, atol=1e-5)
@@ -246,7 +248,7 @@ def test_embeddings_of_cells():
 @pytest.fixture
 def small_grid(monkeypatch):
     grid = {"C": [10, 100], "gamma": ["auto"], "epsilon": [0.1]}
-    monkeypatch.setattr(nb.regression, "GRID", grid)
+    monkeypatch.setattr(regression, "GRID", grid)
 
 
 def test_search(small_grid):
@@ -255,21 +257,21 @@ def test_search(small_grid):
     validation = 60 + 8 * x[:, 0]
     test = validation - 1
     features = {"told": x, "rank": validation, "wrong": -validation, "noise": rng.normal(size=120)}
-    rows = nb.search_curve(features, validation, test, (10, 40), 3)
+    rows = experiment.search_curve(features, validation, test, (10, 40), 3)
     found = {(row.method, row.size): row for row in rows}
-    methods = (*features, nb.RANDOM, nb.BEST)
+    methods = (*features, experiment.RANDOM, experiment.BEST)
     assert [*found] == [(method, size) for size in (10, 40) for method in methods]
     assert found["rank", 10].tau.mean == pytest.approx(1)
     assert found["wrong", 10].tau.mean == pytest.approx(-1)
     assert abs(found["noise", 40].tau.mean) < 0.2
     assert 0.3 < found["told", 10].tau.mean < found["told", 40].tau.mean
     assert len(found["told", 40].accuracy.taus) == 3
-    best = found[nb.BEST, 40].accuracy.mean
+    best = found[experiment.BEST, 40].accuracy.mean
     assert best == test.max()
-    assert found["told", 40].accuracy.mean > found[nb.RANDOM, 10].accuracy.mean
+    assert found["told", 40].accuracy.mean > found[experiment.RANDOM, 10].accuracy.mean
     for seed in range(3):
         drawn = np.random.default_rng(seed).permutation(120)[:10]
-        assert found[nb.RANDOM, 10].accuracy.taus[seed] == test[drawn].max()
+        assert found[experiment.RANDOM, 10].accuracy.taus[seed] == test[drawn].max()
         others = np.delete(test, drawn)  # what was measured is not found again
         assert found["rank", 10].accuracy.taus[seed] == others.max()
         assert found["wrong", 10].accuracy.taus[seed] == others.min()
@@ -279,14 +281,14 @@ def test_search_with_neupred(monkeypatch):
     cells = random_cells(14)
     graphs = [nb.cell_graph(c, 1, C=4, N=1) for c in cells]
     values = np.array([float(len(g)) for g in graphs])
-    calls, fit = [], nb.neupred.fit
+    calls, fit = [], neupred.fit
 
     def short(graphs, values, *, seed):
         calls.append((graphs, values, seed))
         return fit(graphs, values, epochs=1, seed=seed)
 
-    monkeypatch.setattr(nb.neupred, "fit", short)
-    (row, *_) = nb.search_curve({"NeuPred": graphs}, values, values, (10,), 2)
+    monkeypatch.setattr(neupred, "fit", short)
+    (row, *_) = experiment.search_curve({"NeuPred": graphs}, values, values, (10,), 2)
     assert [call[2] for call in calls] == [0, 1]
     assert all([len(g) for g in call[0]] == [*call[1]] for call in calls)
     assert row.method == "NeuPred"
@@ -296,9 +298,9 @@ def test_search_with_neupred(monkeypatch):
 def test_what_cannot_be_searched():
     y = np.arange(20.0)
     with pytest.raises(ValueError, match="'a' has 19 networks, validation 20"):
-        nb.search_curve({"a": y[:19]}, y, y)
+        experiment.search_curve({"a": y[:19]}, y, y)
     with pytest.raises(ValueError, match="20 networks to fit to; allowed: fewer than all 20"):
-        nb.search_curve({"a": y}, y, y, (10, 20))
+        experiment.search_curve({"a": y}, y, y, (10, 20))
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +325,8 @@ def test_the_benchmarks_table(table):
 def test_costs_rank_networks_of_the_benchmark(table):
     flops = np.array([nb.count_flops(nb.parse_cell(text)) for text in table.cells])
     validation, test = table.accuracy["cifar10-val"], table.accuracy["cifar10-test"]
-    assert nb.regression.rank_correlation(flops, test) == pytest.approx(0.383, abs=1e-3)
-    (row, *_) = nb.search_curve({"FLOPs": flops[:200]}, validation[:200], test[:200], (10,), 2)
+    assert regression.rank_correlation(flops, test) == pytest.approx(0.383, abs=1e-3)
+    (row, *_) = experiment.search_curve(
+        {"FLOPs": flops[:200]}, validation[:200], test[:200], (10,), 2
+    )
     assert 0.2 < row.tau.mean < 0.4

@@ -4,8 +4,8 @@ r"""The paper's experiments: `ghn-paper NAME [--quick] [options]`.
     ghn-paper trained-networks --dataset cifar10 --data-dir DIR --split test --out runs/sgd
     ghn-paper few-shot --help                           # what one experiment does, and its options
 
-Without --quick the options are the paper's, which may take days. Results go into a folder. What
-trains or searches writes them as it goes, and the same command again computes what is missing.
+Without --quick the options are the paper's, which may take days. Each experiment writes what it
+finds into a folder as it goes; the same command again computes what is missing there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Array operations of the design space, as plain `lax` with autodiff: their definition.
 
-`engine/cpu_layers.py` and `engine/gpu_layers.py` have faster forms of them. All
-images are (B, H, W, C); kernels are Flax's (height, width, in, out); padding is symmetric, half
-the dilated kernel, as in PyTorch.
+`engine/cpu_layers.py` and `engine/gpu_layers.py` have faster forms of them. All images are
+(B, H, W, C); kernels are Flax's (height, width, in, out); padding is symmetric, half the dilated
+kernel, as in PyTorch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Dense kernel gradients are written as NHWC x HWIO convolutions, the form that XLA's CPU backend
 is fast at; depthwise convolutions are sums of shifted products, several times faster there than
-grouped convolutions. On accelerators all of this would hide from XLA what is computed.
+grouped convolutions.
 """
 
 from __future__ import annotations

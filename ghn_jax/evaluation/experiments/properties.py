@@ -11,8 +11,7 @@ name. NeuPred, which is trained for each property, is the baseline.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,12 @@ from tqdm import tqdm
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import build_graph
 from ghn_jax.evaluation.experiments import neupred
-from ghn_jax.evaluation.experiments.records import read_records, write_beside
+from ghn_jax.evaluation.experiments.records import (
+    Records,
+    describe,
+    read_records,
+    write_beside,
+)
 from ghn_jax.evaluation.experiments.regression import (
     Result,
     correlations,
@@ -96,7 +100,8 @@ def predict_properties(
     neupred_runs: int = 5,
     neupred_epochs: int = 300,
     progress: bool = False,
-) -> list[dict]:
+    known: Container[str] = (),
+) -> Iterator[dict]:
     """How well methods rank networks by their properties when they have been told those of others.
 
     Args:
@@ -107,10 +112,11 @@ def predict_properties(
       neupred_runs: seeds of the baseline, which is trained for each property; 0 leaves it out.
       neupred_epochs: passes over the networks to fit to.
       progress: shows bars.
+      known: names of records that are not computed again.
 
-    Returns:
-      For each property and method {'property', 'method', 'mean', 'std', 'taus'}: Kendall's tau over
-      runs (Fig. 4).
+    Yields:
+      For each property and method, of NeuPred for each seed,
+      {'name', 'property', 'method', 'taus'}: Kendall's tau of some runs. `summarise` joins them.
 
     Raises:
       ValueError: see `property_values` and `regression.fit`.
@@ -124,44 +130,64 @@ def predict_properties(
     def bar(items, what: str):
         return tqdm(items, desc=what, disable=not progress, leave=False)
 
-    results: dict[tuple[str, str], Result] = {}
+    def missing(method: str, runs: Sequence[str]) -> list[tuple[Property, str, dict]]:
+        """Properties and runs that have no record, with the record but for its taus."""
+        return [
+            (p, run, {"name": name, "property": p.name, "method": method})
+            for p in PROPERTIES
+            for run in runs
+            if (name := f"{p.name}, {method}{run}") not in known
+        ]
+
     targets = {p: _targets(p, fit_values[p.name], test_values[p.name]) for p in PROPERTIES}
-    for name, (ghn, variables) in ghns.items():
+    for method, (ghn, variables) in ghns.items():
+        todo = missing(method, [""])
+        if not todo:
+            continue
         fit_x, test_x = (
             embed_graphs(
                 ghn,
                 variables,
-                (ghn.graph(arch, image_size=image_size) for arch in bar(some, f"{name} embedding")),
+                (ghn.graph(a, image_size=image_size) for a in bar(some, f"{method} embedding")),
             )
             for some in architectures
         )
-        for p, (fit_y, test_y) in bar(targets.items(), f"{name} regression"):
-            results[p.name, name] = predict_property(fit_x, fit_y, test_x, test_y, p.rounded)
-    if neupred_runs:
-        fit_graphs, test_graphs = (
-            [build_graph(arch, 1, image_size=image_size) for arch in bar(some, "graphs")]
-            for some in architectures
-        )
-        for p, (fit_y, test_y) in targets.items():
-            taus = []
-            for seed in bar(range(neupred_runs), f"{NEUPRED}, {p.name}"):
-                fitted = neupred.fit(fit_graphs, fit_y, epochs=neupred_epochs, seed=seed)
-                predicted = fitted.predict(test_graphs)
-                predicted = np.round(predicted) if p.rounded else predicted
-                taus.append(rank_correlation(predicted, test_y))
-            results[p.name, NEUPRED] = Result.of(taus)
+        for p, _, record in bar(todo, f"{method} regression"):
+            fit_y, test_y = targets[p]
+            result = predict_property(fit_x, fit_y, test_x, test_y, p.rounded)
+            yield {**record, "taus": result.taus.tolist()}
+    todo = missing(NEUPRED, [f" {seed}" for seed in range(neupred_runs)])
+    if not todo:
+        return
+    fit_graphs, test_graphs = (
+        [build_graph(arch, 1, image_size=image_size) for arch in bar(some, "graphs")]
+        for some in architectures
+    )
+    for p, run, record in bar(todo, NEUPRED):
+        fit_y, test_y = targets[p]
+        fitted = neupred.fit(fit_graphs, fit_y, epochs=neupred_epochs, seed=int(run))
+        predicted = fitted.predict(test_graphs)
+        predicted = np.round(predicted) if p.rounded else predicted
+        yield {**record, "taus": [float(rank_correlation(predicted, test_y))]}
+
+
+def summarise(records: Iterable[Mapping]) -> list[dict]:
+    """Of each property and method {'property', 'method', 'mean', 'std', 'taus'} (Fig. 4).
+
+    Args:
+      records: of `predict_properties`, in any order.
+    """
+    taus: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        taus.setdefault((record["property"], record["method"]), []).extend(record["taus"])
     return [
-        {
-            "property": p.name,
-            "method": method,
-            "mean": result.mean,
-            "std": result.std,
-            "taus": result.taus.tolist(),
-        }
+        {"property": p.name, "method": method, "mean": result.mean, "std": result.std,
+         "taus": result.taus.tolist()}
         for p in PROPERTIES
-        for (name, method), result in results.items()
+        for (name, method), found in taus.items()
         if name == p.name
-    ]
+        for result in [Result.of(found)]
+    ]  # fmt: skip
 
 
 def _targets(p: Property, fit_y: np.ndarray, test_y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -220,22 +246,24 @@ def _records(folders: Sequence[Path]) -> list[dict]:
 
 
 def run(config: Config) -> list[dict]:
-    """Predicts all properties; writes results, table and figures.
+    """Predicts all properties; writes records, table and figures. What there is stays.
 
     Raises:
-      ValueError: folders without trained networks, or too few of them.
+      ValueError: folders without trained networks, or too few of them; or `out` has records of
+        other options.
     """
     fit, test = _records(config.fit), _records(config.test)
     if not config.test:
         fit, test = fit[: len(fit) // 2], fit[len(fit) // 2 :]
-    ghns = load_ghns(config.ghn)
-    results = predict_properties(
-        fit, test, ghns, image_size=config.image_size, neupred_runs=config.neupred_runs,
-        neupred_epochs=config.neupred_epochs, progress=True,
-    )  # fmt: skip
-    config.out.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(result) + "\n" for result in results)
-    write_beside(config.out / "results.jsonl", lines)
+    settings = describe("properties", config, without=("out", "neupred_runs"))
+    records = Records.open(config.out, {**settings, "networks": [len(fit), len(test)]})
+    for record in predict_properties(
+        fit, test, load_ghns(config.ghn), image_size=config.image_size,
+        neupred_runs=config.neupred_runs, neupred_epochs=config.neupred_epochs, progress=True,
+        known=records,
+    ):  # fmt: skip
+        records.add(record)
+    results = summarise(records.values())
     write_beside(config.out / "table.md", table(results))
     from ghn_jax.plot.experiments import correlation_matrix, property_bars  # matplotlib: an extra
 
