@@ -15,8 +15,13 @@ from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation import nasbench201
-from ghn_jax.evaluation.accuracy import random_parameters
-from ghn_jax.evaluation.experiments import few_shot, search, trained_networks
+from ghn_jax.evaluation.accuracy import evaluate_ghn, random_parameters
+from ghn_jax.evaluation.experiments import (
+    few_shot,
+    predicted_networks,
+    search,
+    trained_networks,
+)
 from ghn_jax.evaluation.experiments.cluster import ClusterConfig, units
 from ghn_jax.evaluation.experiments.records import Records, read_records
 from ghn_jax.evaluation.experiments.saved_state import SavedState
@@ -29,7 +34,7 @@ from ghn_jax.evaluation.experiments.trained_networks import (
 )
 from ghn_jax.evaluation.networks import by_name, module_of, of_file, of_split
 from ghn_jax.evaluation.recipe import Recipe, final
-from ghn_jax.hypernet.checkpoint import save_ghn
+from ghn_jax.hypernet.checkpoint import load_ghn, save_ghn
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.plot.experiments import pareto_front
 
@@ -260,6 +265,45 @@ def test_units_of_a_cluster_are_the_whole(tmp_path):
         trained_networks.run(dataclasses.replace(
             config, nets=None, networks=("resnet18",), out=tmp_path / "bad",
             recipe=dataclasses.replace(config.recipe, auxiliary=0.4)))  # fmt: skip
+
+
+def test_predicted_networks_and_their_units(tmp_path, digits):
+    for seed, name in enumerate(("one", "other")):
+        ghn = GHN(max_shape=(16, 16, 7, 7))
+        save_ghn(tmp_path / name, ghn, ghn.init_variables(seed))
+    out = tmp_path / "out"
+    config = dataclasses.replace(
+        predicted_networks.quick(), ghn=(tmp_path / "one",), splits=("test",), stop=2, out=out
+    )
+    first = predicted_networks.run(config)
+    ghn, variables = load_ghn(tmp_path / "one")
+    expected = evaluate_ghn(
+        ghn, variables, of_split("test", 0, 2, image_size=16, width=8), digits["test"]
+    )
+    assert [r["top1"] for r in first] == [r["top1"] for r in expected]
+    # Another hypernetwork and another network are added; nothing is computed again.
+    before = (out / "records.jsonl").read_text()
+    more = dataclasses.replace(config, ghn=(tmp_path / "one", tmp_path / "other"), stop=3)
+    records = predicted_networks.run(more)
+    assert (out / "records.jsonl").read_text().startswith(before)
+    assert [r["name"] for r in records] == [
+        f"{name}: test[{i}]" for name in ("one", "other") for i in range(3)
+    ]
+    assert "| other | test | 3 |" in (out / "table.md").read_text()
+    shared = tmp_path / "shared"
+    cluster = ClusterConfig("local", unit_size=2, jobs=2)
+    there = predicted_networks.run(dataclasses.replace(more, cluster=cluster, out=shared))
+    assert {path.name for path in shared.glob("records*")} == {
+        "records-0-2.jsonl", "records-2-3.jsonl"
+    }  # fmt: skip
+    assert [(r["name"], r["top1"]) for r in there] == [(r["name"], r["top1"]) for r in records]
+    for wrong, message in (
+        ({"splits": ("tset",)}, "--splits is 'tset'; allowed: val, test"),
+        ({"start": 600, "stop": None}, "--start is 600 and --stop None, but there are 500"),
+        ({"batch_size": 32}, "another folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predicted_networks.run(dataclasses.replace(config, **wrong))
 
 
 def test_few_shot(tmp_path, digits):

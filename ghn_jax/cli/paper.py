@@ -26,6 +26,7 @@ PROG = "ghn-paper"
 
 # Name of an experiment -> what it is; its file is named after it.
 EXPERIMENTS = {
+    "predicted-networks": "networks with predicted parameters (Tables 3 and 4, upper halves)",
     "trained-networks": "networks trained by SGD or Adam (Tables 3 and 4, lower halves)",
     "properties": "properties predicted from embeddings (Fig. 4, 11)",
     "nasbench201": "the same on the networks of NAS-Bench-201",
