@@ -46,7 +46,12 @@ from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.deepnets1m.units import NormSum
-from ghn_jax.engine.compilation import CompilationCounter, keep_programs, known_options
+from ghn_jax.engine.compilation import (
+    CompilationCounter,
+    keep_programs,
+    known_options,
+    program_options,
+)
 from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Programs
 from ghn_jax.hypernet.checkpoint import Checkpoints
@@ -421,7 +426,9 @@ def compile_options(case: Case, phases: Phases, networks: int, report) -> dict:
     plans, size = batch.plans[:networks], case.config.data.batch_size
     images = jnp.asarray(case.images(size)[0])
     found = {}
-    for name, extra in _VARIANTS.items():
+    device = jax.local_devices()[0]
+    usual = {"ours": program_options(device), "XLA's own": {}}
+    for name, extra in (_VARIANTS if device.platform == "gpu" else usual).items():
         options = known_options(extra)
         if options != extra:
             continue

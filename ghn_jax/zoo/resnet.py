@@ -53,12 +53,14 @@ class Bottleneck(nn.Module):
       stride: of the block.
       project: a 1x1 convolution on the shortcut.
       base_width: as in `ResNet`.
+      shortcut: whether there is one, as in every ResNet; the paper compares with one without.
     """
 
     planes: int
     stride: int
     project: bool
     base_width: int = 64
+    shortcut: bool = True
 
     expansion = 4
 
@@ -71,9 +73,17 @@ class Bottleneck(nn.Module):
         y = _Conv(width, (3, 3), s, padding=1, name="conv2")(y)
         y = nn.relu(norm(name="bn2")(y))
         y = norm(name="bn3")(_Conv(out, (1, 1), name="conv3")(y))
+        if not self.shortcut:
+            return nn.relu(y)
         if self.project:
             x = norm(name="downsample_1")(_Conv(out, (1, 1), s, name="downsample_0")(x))
         return nn.relu(x + y)
+
+
+class PlainBottleneck(Bottleneck):
+    """A `Bottleneck` without its shortcut."""
+
+    shortcut: bool = False
 
 
 class ResNet(nn.Module):
