@@ -36,7 +36,8 @@ from ghn_jax.evaluation.accuracy import evaluate_network, random_parameters
 class Options:
     """What to measure."""
 
-    networks: int = 20  # first ones of the split
+    first: int = 0  # network of the split
+    networks: int = 20  # from that one on
     images: int = 10_000
     width: int = 32  # C
     batch_size: int = 64
@@ -55,9 +56,9 @@ def random_images(count: int) -> Images:
 def run(options: Options, reference: Reference | None) -> None:
     """Times every network; prints a table and a JSON line."""
     images = random_images(options.images)
-    architectures = evaluation_set("test")[: options.networks]
+    architectures = evaluation_set("test")[options.first : options.first + options.networks]
     engine, rows = Engine(), []
-    for index, arch in enumerate(tqdm(architectures, unit="network")):
+    for index, arch in enumerate(tqdm(architectures, unit="network"), options.first):
         arch = arch.replace(C=options.width)
         params = random_parameters(build_network(arch), 32, seed=index)
         time.sleep(options.pause)
@@ -99,7 +100,7 @@ def main(options: Options) -> None:
         run(options, None)
         return
     with tempfile.TemporaryDirectory() as folder:
-        export("eval", Path(folder), num=options.networks)
+        export("eval", Path(folder), num=options.first + options.networks)
         nets = Path(folder) / "deepnets1m_eval.hdf5"
         run(options, Reference("evaluate", options.reference, nets, options.batch_size))
 

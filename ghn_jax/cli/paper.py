@@ -32,6 +32,7 @@ EXPERIMENTS = {
     "nasbench201": "the same on the networks of NAS-Bench-201",
     "search": "architecture search by predicted accuracy (Table 9)",
     "compared-architectures": "distances of architectures and of splits (Tables 10, 11, Fig. 12)",
+    "predicted-parameters": "diversity and sparsity of predicted parameters (Table 12)",
     "few-shot": "fine-tuning on 100 images of each class (Table 6, left)",
 }
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 from tqdm import tqdm
 
 from ghn_jax.data.augment import cut_out
@@ -64,6 +65,7 @@ class Config:
     noise: float = 0.08  # standard deviation of noise on images from 0 to 1; ImageNet 0.18
     ckpt: Path | None = None  # hypernetwork whose predicted parameters training starts from
     seed: int = 0  # of parameters and images
+    keep_parameters: bool = False  # write trained parameters into `out`, a safetensors file each
     at_once: int = 1  # networks that train at once, where one does not fill the device
     cluster: ClusterConfig = ClusterConfig()
     unit: str = ""  # names the file of records, where several processes share `out`
@@ -152,6 +154,7 @@ def train_network(
     noise: float = 0.0,
     seed: int = 0,
     saved: SavedState | None = None,
+    keep: Callable[[Mapping], None] = lambda params: None,
     report: Callable[[int, float], None] = lambda epoch, top1: None,
 ) -> dict:
     """Trains a network and takes its properties.
@@ -166,6 +169,7 @@ def train_network(
       noise: standard deviation of the noise on 'val' images; 0 for none.
       seed: of the order of images and their augmentation.
       saved: where the state is kept after each epoch.
+      keep: called with the trained parameters.
       report: called after each epoch with its number and training top-1.
 
     Returns:
@@ -210,6 +214,7 @@ def train_network(
         start = time.perf_counter()  # programs are compiled by now
         accuracy(training, state, val, recipe.batch_size)
         record["inference_seconds"] = round(time.perf_counter() - start, 4)
+    keep(training.params(state))
     record["convergence"] = convergence(record["train_top1"], recipe.epochs)
     for name in tests:
         values = list(record[f"{name}_top1"].values())
@@ -223,7 +228,8 @@ def train_network(
 
 def settings(config: Config) -> dict:
     """What the records depend on."""
-    where = ("data_dir", "split", "start", "stop", "networks", "nets", "at_once", "cluster", "unit")
+    where = ("data_dir", "split", "start", "stop", "networks", "nets", "at_once", "cluster", "unit",
+             "keep_parameters")  # fmt: skip
     return describe("trained_networks", config, without=(*where, "out"))
 
 
@@ -276,11 +282,16 @@ def run(config: Config) -> list[dict]:
         else:
             params = predict_network(*ghn, network, train.image_size)[1]
         epochs.set_postfix_str(name)
+
+        def keep(params: Mapping) -> None:
+            if config.keep_parameters:
+                _write_parameters(config.out / "parameters" / f"{name}.safetensors", params)
+
         saved = SavedState(config.out / "states" / name)
         record = train_network(
             training, params, config.recipe, train, tests, report_epochs=config.report_epochs,
             noise=config.noise, seed=config.seed, saved=saved,
-            report=lambda epoch, top1: epochs.update(),
+            keep=keep, report=lambda epoch, top1: epochs.update(),
         )  # fmt: skip
         described = network if isinstance(network, str) else network.to_dict()
         count = sum(x.size for x in jax.tree.leaves(params))
@@ -296,6 +307,15 @@ def run(config: Config) -> list[dict]:
         finally:  # after an error no other network is begun
             pool.shutdown(cancel_futures=True)
     return _finish(config, todo, records)
+
+
+def _write_parameters(path: Path, params: Mapping) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    leaves, _ = jax.tree.flatten_with_path(params)
+    arrays = {
+        ".".join(key.key for key in keys): np.ascontiguousarray(leaf) for keys, leaf in leaves
+    }
+    write_beside(path, safetensors.numpy.save(arrays))
 
 
 def _finish(config: Config, todo: list[Named], records: Records) -> list[dict]:

@@ -1,0 +1,199 @@
+r"""How different predicted tensors are from each other, and how sparse (paper § C.3, Table 12).
+
+    ghn-paper predicted-parameters --ghn runs/ghn2 runs/ghn1 runs/mlp --out runs/parameters
+    ghn-paper predicted-parameters --quick
+
+Diversity: of all tensors of one frequent shape (128×1×3×3), the cosine distance 1 - |cos| of each
+pair, averaged. Sparsity: the share of a network's first kernel below 0.05. Random (He) parameters
+stand beside; with `--trained`, those that `ghn-paper trained-networks --keep-parameters` wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from tqdm import tqdm
+
+from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.graph import Graph, build_graph
+from ghn_jax.deepnets1m.names import parameter_path
+from ghn_jax.deepnets1m.network import build_network
+from ghn_jax.evaluation.accuracy import random_parameters
+from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
+from ghn_jax.evaluation.networks import Named, of_split
+from ghn_jax.hypernet.checkpoint import load_ghns
+
+SHAPE = (128, 1, 3, 3)  # in PyTorch's order, of depthwise and dilated depthwise convolutions
+SMALL = 0.05  # magnitude of what counts as sparse
+HE, SGD = "He", "He and SGD"
+# Method -> diversity and sparsity in the paper.
+PAPER = {SGD: (0.98, 0.33), "MLP": (0.01, 0.16), "GHN-1": (0.07, 0.20), "GHN-2": (0.17, 0.39)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Whose parameters are looked at."""
+
+    ghn: tuple[Path, ...] = ()  # hypernetworks, each a folder; default: an untrained one
+    trained: Path | None = None  # folder of `trained-networks --keep-parameters`
+    splits: tuple[str, ...] = ("val", "test")  # of these, all networks
+    networks: int | None = None  # of each split; default: all
+    shape: tuple[int, int, int, int] = SHAPE  # of the tensors that are compared
+    image_size: int = 32  # of the images, in pixels
+    out: Path = Path("runs/predicted_parameters")  # folder for records and the table
+
+
+def quick() -> Config:
+    """15 networks of each split: a minute or two on two cores."""
+    return Config(networks=15, out=Path("runs/quick/predicted_parameters"))
+
+
+def diversity(tensors: np.ndarray) -> float:
+    """Mean of 1 - |cos| over all pairs of rows, each with itself included, as in the paper.
+
+    Args:
+      tensors: (N, d).
+
+    Raises:
+      ValueError: fewer than two rows, or a row of zeros, which has no direction.
+    """
+    if len(tensors) < 2:
+        raise ValueError(f"{len(tensors)} tensors; two are needed to compare")
+    lengths = np.linalg.norm(tensors.astype(np.float64), axis=1, keepdims=True)
+    if not lengths.all():
+        raise ValueError("a tensor is all zeros: it has no direction to compare")
+    rows = tensors / lengths
+    # Rounding makes the cosine of a row with itself a little more than one.
+    return float(1 - np.minimum(np.abs(rows @ rows.T), 1).mean())
+
+
+def sparsity(tensor: np.ndarray) -> float:
+    """The share of numbers with a magnitude below `SMALL`."""
+    return float((np.abs(tensor) < SMALL).mean())
+
+
+def _kernel(graph: Graph, node: int, params: Mapping) -> np.ndarray:
+    """A node's kernel in the `params` tree of its network, in PyTorch's order."""
+    leaf: Any = params
+    for part in (*parameter_path(graph.names[node]), "kernel"):
+        leaf = leaf[part]
+    return np.asarray(leaf).transpose(3, 2, 0, 1)
+
+
+def look_at(graph: Graph, params: Mapping, shape: Sequence[int]) -> tuple[list[np.ndarray], float]:
+    """What Table 12 needs of a network.
+
+    Args:
+      graph: its graph.
+      params: its `params` tree.
+      shape: of the tensors that are compared, (out, in, height, width).
+
+    Returns:
+      Those tensors, flat, and the sparsity of the first kernel.
+    """
+    kernels = [n for n, s in enumerate(graph.param_shapes) if s is not None and len(s) == 4]
+    kernels = [n for n in kernels if graph.names[n].endswith(".weight")]
+    found = [
+        _kernel(graph, n, params).ravel() for n in kernels if graph.param_shapes[n] == tuple(shape)
+    ]
+    return found, sparsity(_kernel(graph, kernels[0], params))
+
+
+def _of_file(path: Path) -> dict:
+    """A `params` tree that `trained-networks --keep-parameters` wrote."""
+    params: dict = {}
+    for name, array in safetensors.numpy.load_file(path).items():
+        *parts, leaf = name.split(".")
+        tree = params
+        for part in parts:
+            tree = tree.setdefault(part, {})
+        tree[leaf] = array
+    return params
+
+
+def _methods(config: Config) -> Iterator[tuple[str, Callable[[str, Architecture], Mapping | None]]]:
+    """Methods, each (name, architecture) -> `params`, or None where it has none."""
+    for method, (ghn, variables) in load_ghns(config.ghn).items():
+        yield (
+            method,
+            lambda name, arch, ghn=ghn, variables=variables: ghn.predict(
+                variables, arch, image_size=config.image_size
+            ),
+        )
+    yield (
+        HE,
+        lambda name, arch: random_parameters(
+            build_network(arch, 10, config.image_size), config.image_size, seed=0
+        ),
+    )
+    if config.trained is not None:
+        folder = config.trained / "parameters"
+        if not folder.is_dir():
+            raise ValueError(f"{config.trained} has no parameters; make them with ghn-paper "
+                             "trained-networks --keep-parameters")  # fmt: skip
+
+        def trained(name: str, arch: Architecture):
+            path = folder / f"{name}.safetensors"
+            return _of_file(path) if path.exists() else None
+
+        yield SGD, trained
+
+
+def networks(config: Config) -> list[Named]:
+    """Those whose parameters are looked at."""
+    if config.networks is not None and config.networks < 1:
+        raise ValueError(f"--networks is {config.networks}; allowed: 1 or more")
+    splits = (of_split(split, 0, config.networks) for split in config.splits)
+    return list(itertools.chain.from_iterable(splits))
+
+
+def run(config: Config) -> list[dict]:
+    """Looks at what has no record yet; writes the table; returns all records.
+
+    Raises:
+      ValueError: options that cannot work, or a folder with records of other options.
+    """
+    nets, methods = networks(config), dict(_methods(config))
+    records = Records.open(
+        config.out, describe("predicted_parameters", config, without=("ghn", "trained", "out"))
+    )
+    for method, parameters in methods.items():
+        if method in records:
+            continue
+        tensors, shares = [], []
+        for name, arch in tqdm(nets, desc=method, unit="network", dynamic_ncols=True, leave=False):
+            if not isinstance(arch, Architecture) or (params := parameters(name, arch)) is None:
+                continue
+            graph = build_graph(arch, 1, image_size=config.image_size)
+            some, share = look_at(graph, params, config.shape)
+            tensors += some
+            shares.append(share)
+        if len(tensors) < 2:
+            shape = "x".join(map(str, config.shape))
+            raise ValueError(f"{method}: {len(shares)} networks have {len(tensors)} tensors of "
+                             f"--shape {shape}; take more networks or another shape")  # fmt: skip
+        records.add({
+            "name": method, "networks": len(shares), "tensors": len(tensors),
+            "diversity": diversity(np.stack(tensors)), "sparsity": float(np.mean(shares)),
+        })  # fmt: skip
+    found = [records[method] for method in methods]
+    write_beside(config.out / "table.md", table(found))
+    print(table(found))
+    return found
+
+
+def table(records: Sequence[Mapping]) -> str:
+    """Markdown: Table 12, the paper's numbers below ours."""
+    lines = ["| parameters | networks | tensors | mean distance | sparsity of the first layer |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    lines += [f"| {r['name']} | {r['networks']} | {r['tensors']} | {r['diversity']:.2f} | "
+              f"{r['sparsity']:.0%} |" for r in records]  # fmt: skip
+    lines += [f"| {name}, the paper | 1000 | 760 | {distance:.2f} | {share:.0%} |"
+              for name, (distance, share) in PAPER.items()]  # fmt: skip
+    return "\n".join(lines) + "\n"
