@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 import pytest
 
 from ghn_jax.deepnets1m import DeepNets1M
-from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.architecture import Architecture, Genotype
 from ghn_jax.deepnets1m.counts import count_parameters
 from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
 from ghn_jax.deepnets1m.sampling import RULES, choose_width
@@ -65,6 +66,38 @@ def write(folder: Path, nets=(NET, NET), splits=("test",), **tables) -> Path:
 
 def without(*fields):
     return {k: v for k, v in NET.items() if k not in fields}
+
+
+# --- Genotypes as they are published --------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    """As every `genotypes.py` has it."""
+
+    normal: list
+    normal_concat: range
+    reduce: list
+    reduce_concat: range
+
+
+def test_published_genotypes_are_read():
+    cell = [("sep_conv_3x3", 0), ("skip_connect", 1), ("conv_1x1", 0), ("max_pool_3x3", 2)]
+    flat = Published(cell, range(2, 4), cell, range(2, 4))
+    grouped = Published([cell[:2], cell[2:]], [2, 3], [tuple(cell[:2]), cell[2:]], [2, 3])
+    expected = Genotype(cell, (2, 3), cell, (2, 3))
+    assert expected.normal == tuple(cell)
+    for given in (flat, grouped, flat._asdict(), grouped._asdict(), expected):
+        assert Genotype.of(given) == expected
+        assert Architecture(given, 3) == Architecture(expected, 3)
+        assert Architecture.from_dict({"genotype": given, "n_cells": 3}).genotype == expected
+    for wrong, message in (
+        ("DARTS", "'genotype' is 'DARTS'; allowed: a mapping or a namedtuple with normal"),
+        ({"normal": cell}, "'genotype.normal_concat' is missing"),
+        (Published([cell, [("conv_1x1",)]], [2], cell, [2]), "genotype.normal"),
+        (Published([[], []], [2], cell, [2]), "genotype.normal' has 0 edges"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Architecture.from_dict({"genotype": wrong, "n_cells": 3})
 
 
 # --- The sample files -----------------------------------------------------------------------------

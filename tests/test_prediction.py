@@ -2,12 +2,14 @@
 
 import json
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import FrozenDict, freeze, unfreeze
 
 import ghn_jax
 from ghn_jax.tracing.model_graph import trace
@@ -425,3 +427,46 @@ def test_bad_nnx(ghn):
 def test_no_params(ghn):
     with pytest.raises(ValueError, match="Small has no parameters"):
         ghn_jax.predict_model(*ghn, Small(), IMAGES, initial={"batch_stats": {}})
+
+
+class Normed(nn.Module):
+    """Convolution, norm, classifier; the head reads twice the channels where it is called so."""
+
+    @nn.compact
+    def __call__(self, x, wide=False, train=False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(16, (3, 3))(x)).mean((1, 2))
+        if wide is True:
+            x = jnp.concatenate([x, x], -1)
+        return nn.Dense(10)(x)
+
+
+@pytest.mark.parametrize("form", ["init", "initial", "nested"])
+def test_trees_are_given_back_as_they_came(ghn, form):
+    """FrozenDict where there was one, at any depth."""
+    model = Normed()
+    initial = model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))
+    if form == "init":
+        with flax.config.temp_flip_flag("return_frozendict", True):
+            expected = model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))
+            found, _ = ghn_jax.predict_model(*ghn, Normed(), IMAGES)
+        assert isinstance(found, FrozenDict)
+    else:
+        expected = freeze(initial) if form == "initial" else {
+            "params": freeze(initial["params"]), "batch_stats": initial["batch_stats"]
+        }  # fmt: skip
+        found, _ = ghn_jax.predict_model(*ghn, model, IMAGES, initial=expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    usual, _ = ghn_jax.predict_model(*ghn, Normed(), IMAGES)
+    jax.tree.map(np.testing.assert_array_equal, unfreeze(freeze(found)), usual)
+
+
+@pytest.mark.parametrize("first, second", [(True, 1), (1, True)])
+def test_equal_arguments_are_not_the_same_call(ghn, first, second):
+    """True == 1, but the model tells them apart."""
+
+    def channels(model, wide):
+        found, _ = ghn_jax.predict_model(*ghn, model, IMAGES, wide=wide)
+        return found["params"]["Dense_0"]["kernel"].shape[0]
+
+    model = Normed()
+    assert [channels(model, first), channels(model, second)] in ([32, 16], [16, 32])

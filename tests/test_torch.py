@@ -331,11 +331,17 @@ def random_params(network, size=32):
     return jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes["params"])
 
 
+def assert_are_its_own(arrays):
+    """Arrays that may be written to: views of JAX's memory may not."""
+    assert all(array.flags.writeable and array.flags.c_contiguous for array in arrays.values())
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_there_and_back(name):
     arch = NETWORKS[name]
     params = random_params(build_network(arch))
-    arrays = to_torch(params, arch)
+    arrays = to_torch(jax.tree.map(jnp.asarray, params), arch)
+    assert_are_its_own(arrays)
     same(from_torch(arrays, arch), params)
     with_statistics = {**arrays, "stem.1.running_mean": np.zeros(3)}
     same(from_torch(with_statistics, arch), params)
@@ -407,6 +413,8 @@ def test_converting_models_of_the_zoo(tmp_path):
 
 def test_running_statistics_are_converted(tmp_path):
     model = zoo.resnet18()
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert_are_its_own(to_torch(variables, model))
     arrays = {
         t.name: np.zeros(t.shape, np.float32) + i for i, t in enumerate(torch_models.tensors(model))
     }

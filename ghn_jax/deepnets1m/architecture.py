@@ -59,7 +59,7 @@ def _cell(edges: Any, concat: Any, which: str) -> tuple[tuple[Edge, ...], tuple[
     """Checks one cell of a genotype and returns it as tuples."""
     field = f"genotype.{which}"
     try:
-        edges = tuple((str(name), source) for name, source in edges)
+        edges = tuple((str(name), source) for name, source in _ungrouped(edges))
         concat = tuple(concat)
     except (TypeError, ValueError):
         raise ValueError(
@@ -91,6 +91,17 @@ def _cell(edges: Any, concat: Any, which: str) -> tuple[tuple[Edge, ...], tuple[
     return tuple(checked), concat
 
 
+def _ungrouped(edges):
+    """Edges that are grouped by node, [[edge, edge], ...], one after another; others unchanged."""
+    groups = list(edges)
+    if groups and all(
+        isinstance(group, (list, tuple)) and all(isinstance(edge, (list, tuple)) for edge in group)
+        for group in groups
+    ):
+        return [edge for group in groups for edge in group]
+    return groups
+
+
 @dataclasses.dataclass(frozen=True)
 class Genotype:
     """The two cells of a DARTS-style network.
@@ -117,6 +128,32 @@ class Genotype:
             f"architecture field 'genotype.normal_concat' has {len(self.normal_concat)} states and "
             f"'genotype.reduce_concat' {len(self.reduce_concat)}; both cells must be as wide",
         )
+
+    @classmethod
+    def of(cls, published) -> Genotype:
+        """Reads a genotype as papers' code has it.
+
+        Args:
+          published: a mapping, or a namedtuple or another object, with the four fields; edges
+            may be grouped by node.
+
+        Raises:
+          ValueError: a field is missing or out of range; the message names it.
+        """
+        if isinstance(published, cls):
+            return published
+        fields = [field.name for field in dataclasses.fields(cls)]
+        found = published
+        if not isinstance(published, Mapping):
+            found = {name: getattr(published, name) for name in fields if hasattr(published, name)}
+            _require(
+                bool(found),
+                f"architecture field 'genotype' is {published!r}; allowed: a mapping or a "
+                f"namedtuple with {', '.join(fields)}",
+            )
+        for name in fields:
+            _require(name in found, f"architecture field 'genotype.{name}' is missing")
+        return cls(**{name: found[name] for name in fields})
 
     @functools.cached_property
     def operations(self) -> frozenset[str]:
@@ -161,10 +198,7 @@ class Architecture:
     fc_dim: int = 256
 
     def __post_init__(self):
-        _require(
-            isinstance(self.genotype, Genotype),
-            f"architecture field 'genotype' is a {type(self.genotype).__name__}; allowed: Genotype",
-        )
+        object.__setattr__(self, "genotype", Genotype.of(self.genotype))
         for field, low, high in (
             ("n_cells", 1, 1000),
             ("C", 2, 2**16),
@@ -225,18 +259,11 @@ class Architecture:
         )
         for field in ("genotype", "n_cells"):
             _require(field in data, f"architecture field {field!r} is missing")
-        genotype = data["genotype"]
-        if not isinstance(genotype, Genotype):
-            _require(
-                isinstance(genotype, Mapping),
-                f"architecture field 'genotype' is {genotype!r}; allowed: a mapping",
-            )
-            fields = [f.name for f in dataclasses.fields(Genotype)]
-            for field in fields:
-                _require(field in genotype, f"architecture field 'genotype.{field}' is missing")
-            genotype = Genotype(**{field: genotype[field] for field in fields})
         others = {f.name for f in dataclasses.fields(cls)} - {"genotype"}
-        return cls(genotype=genotype, **{k: v for k, v in data.items() if k in others})
+        return cls(
+            genotype=Genotype.of(data["genotype"]),
+            **{k: v for k, v in data.items() if k in others},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The architecture as JSON-ready data; `from_dict` reads it back."""

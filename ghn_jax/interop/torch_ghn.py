@@ -224,7 +224,7 @@ def _at(tree, path):
 def to_torch_tensors(ghn: GHN, variables) -> dict[str, np.ndarray]:
     """A hypernetwork's variables, or their gradients, under the authors' names and layouts."""
     return {
-        t.name: np.ascontiguousarray(t.write(np.asarray(_at(variables["params"], t.path))))
+        t.name: np.array(t.write(np.asarray(_at(variables["params"], t.path))), order="C")
         for t in _tensors(ghn)
     }
 

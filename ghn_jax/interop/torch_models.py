@@ -202,7 +202,8 @@ def to_torch(variables: Mapping, model: Model) -> dict[str, np.ndarray]:
             if leaf.shape != shape:
                 raise ValueError(f"{'/'.join(path)} is {leaf.shape}, expected {shape}")
             parts.append(_leaf_to_torch(leaf, torch_shape(path, shape)))
-        arrays[t.name] = np.ascontiguousarray(np.concatenate(parts) if parts[1:] else parts[0])
+        array = np.concatenate(parts) if parts[1:] else parts[0]
+        arrays[t.name] = np.array(array, order="C")  # of its own: JAX's may not be written to
     if "batch_stats" in variables:
         arrays.update({name: np.zeros((), np.int64) for name in _counters(model)})
     return arrays

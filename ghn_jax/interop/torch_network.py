@@ -132,7 +132,8 @@ def to_torch(
     check_names({"/".join(p) for p in leaves}, {"/".join(p.path) for p in expected}, "parameters")
     arrays = {}
     for p in expected:
-        array = np.ascontiguousarray(p.to_torch(np.asarray(leaves[p.path])))
+        # An array of its own: JAX's may not be written to.
+        array = np.array(p.to_torch(np.asarray(leaves[p.path])), order="C")
         if array.shape != p.shape:
             raise ValueError(f"{'/'.join(p.path)} is {array.shape} as {p.name}, expected {p.shape}")
         arrays[p.name] = array

@@ -114,10 +114,18 @@ class _Identity:
         return id(self.value)
 
 
+class _Shown(NamedTuple):
+    """A value and how it is written."""
+
+    value: Any
+    text: str
+
+
 @functools.lru_cache(maxsize=8)
 def _trace_linen_once(model: _Identity, sample, virtual_edges, seed, call, settings):
     del settings
-    return _trace_linen(model.value, sample, virtual_edges, None, seed, dict(call))
+    call = {name: option.value for name, option in call}
+    return _trace_linen(model.value, sample, virtual_edges, None, seed, call)
 
 
 def trace_once(model, sample, virtual_edges: int, *, initial, seed, call) -> TracedModel:
@@ -128,8 +136,9 @@ def trace_once(model, sample, virtual_edges: int, *, initial, seed, call) -> Tra
     """
     if isinstance(model, nn.Module) and initial is None:
         settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
-        key = (_Identity(model), _check_sample(sample), virtual_edges, seed,
-               tuple(sorted(call.items())), settings)  # fmt: skip
+        # As text, too: True and 1 are equal, and not the same to a model.
+        options = tuple((name, _Shown(call[name], repr(call[name]))) for name in sorted(call))
+        key = _Identity(model), _check_sample(sample), virtual_edges, seed, options, settings
         try:
             hash(key)
         except TypeError:  # an argument of the call, say an array
@@ -146,7 +155,7 @@ def _trace_linen(model, sample, virtual_edges, initial, seed, call) -> TracedMod
         init = functools.partial(_init_linen, model, call, sample)
         variables, compute = read_init(init, key)
     else:
-        variables = dict(initial)
+        variables = initial
         values = jax.tree.leaves(variables)
 
         def compute(wanted):
@@ -154,9 +163,9 @@ def _trace_linen(model, sample, virtual_edges, initial, seed, call) -> TracedMod
 
     if not jax.tree.leaves(variables.get("params", {})):
         raise ValueError(f"{type(model).__name__} has no parameters; nothing to predict")
-    numbers = jax.tree.unflatten(
-        jax.tree.structure(variables), range(len(jax.tree.leaves(variables)))
-    )
+    structure = jax.tree.structure(variables)  # of dicts, FrozenDicts, boxes: so it is given back
+    count = len(jax.tree.leaves(variables))
+    numbers = jax.tree.unflatten(structure, range(count))
     number_of = jax.tree.leaves(numbers["params"])
     rest = {name: tree for name, tree in variables.items() if name != "params"}
 
@@ -167,12 +176,13 @@ def _trace_linen(model, sample, virtual_edges, initial, seed, call) -> TracedMod
         )[0]
 
     def rebuild(leaves):
-        others = jax.tree.leaves({k: v for k, v in numbers.items() if k != "params"})
-        others = jax.tree.unflatten(jax.tree.structure(rest), compute(others) if others else [])
-        return {"params": jax.tree.unflatten(treedef, leaves), **others}
+        others = sorted(set(range(count)) - set(number_of))
+        values = dict(zip(number_of, leaves, strict=True))
+        values |= zip(others, compute(others) if others else [], strict=True)
+        return jax.tree.unflatten(structure, [values[i] for i in range(count)])
 
     params = variables["params"]
-    treedef, paths = jax.tree.structure(params), _paths(params)
+    paths = _paths(params)
     return TracedModel(
         read_graph(apply, params, rest, sample, paths, virtual_edges),
         paths,
