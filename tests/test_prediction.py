@@ -470,3 +470,78 @@ def test_equal_arguments_are_not_the_same_call(ghn, first, second):
 
     model = Normed()
     assert [channels(model, first), channels(model, second)] in ([32, 16], [16, 32])
+
+
+class Reads(nn.Module):
+    """Reads values while it is called: as text, as an index, as a condition or by NumPy."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        rates = jnp.linspace(0, 0.5, 3)
+        if self.how == "item":
+            x = x * rates[1].item()
+        elif self.how == "index":
+            x = x * (0.1, 0.2)[jnp.argmin(rates)]
+        elif self.how == "condition":
+            x = x if rates[0] > 1 else 2 * x
+        else:
+            x = x * np.asarray(rates)[1]
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("how", ["item", "index", "condition", "numpy"])
+@pytest.mark.parametrize("initial", [False, True])
+def test_values_that_are_read_while_tracing(ghn, how, initial):
+    model = Reads(how)
+    given = {"initial": model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))} if initial else {}
+    with pytest.raises(ValueError, match=r"Reads reads .* \(line \d+ of .*test_prediction.*np.lin"):
+        ghn_jax.predict_model(*ghn, model, IMAGES, **given)
+
+
+class Dropped(nnx.Module):
+    """Takes random numbers where it is called."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.drop = nnx.Dropout(0.1)
+        self.head = nnx.Linear(16, 10, rngs=rngs)
+
+    def __call__(self, x, *, rngs=None):
+        return self.head(self.drop(nnx.relu(self.conv(x)).mean((1, 2)), rngs=rngs))
+
+
+def test_random_numbers_given_to_the_call(ghn):
+    model, rngs = Dropped(nnx.Rngs(0)), nnx.Rngs(1)
+    found, report = ghn_jax.predict_model(*ghn, model, IMAGES, rngs=rngs)
+    assert len(report.predicted) == 4
+    assert rngs.default.count[...] == 0  # not used up
+    still, _ = ghn_jax.predict_model(*ghn, Dropped(nnx.Rngs(0)), IMAGES, rngs=nnx.Rngs(7))
+    np.testing.assert_array_equal(found.conv.kernel[...], still.conv.kernel[...])
+    assert np.isfinite(found(jnp.ones(IMAGES.shape), rngs=rngs)).all()
+
+
+class OwnNorm(nn.Module):
+    """A batch norm of the model's own."""
+
+    @nn.compact
+    def __call__(self, x):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+        return x - mean.value
+
+
+def test_statistics_of_a_norm_of_the_models_own():
+    images = jnp.ones((4, 8, 8, 3))
+    model = nn.Sequential([nn.Conv(4, (3, 3)), OwnNorm()])
+    variables = model.init(jax.random.key(0), images)
+    for call in (
+        lambda: ghn_jax.apply_on_batch(model, variables, images),
+        lambda: ghn_jax.average_statistics(model, variables, [images]),
+    ):
+        with pytest.raises(ValueError, match="layers_1 is a OwnNorm, which keeps mean in 'batch_s"):
+            call()
+    # What spectral norm keeps there are no statistics of a batch.
+    model = nn.SpectralNorm(nn.Dense(3))
+    variables = model.init(jax.random.key(0), images, update_stats=False)
+    ghn_jax.apply_on_batch(model, variables, images, update_stats=False)

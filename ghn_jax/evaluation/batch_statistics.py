@@ -20,6 +20,7 @@ def _on_batch(momentum):
     def intercept(call, args, kwargs, context):
         module = context.module
         if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__" or ours:
+            _check_statistics(module)
             return call(*args, **kwargs)
         kwargs = {**kwargs, "use_running_average": None}
         norm = module.clone(parent=None, name=None, use_running_average=False, momentum=momentum)
@@ -35,6 +36,21 @@ def _on_batch(momentum):
     return nn.intercept_methods(intercept)
 
 
+def _check_statistics(module: nn.Module) -> None:
+    """Raises ValueError for a module that keeps statistics of a batch, but is no `nn.BatchNorm`."""
+    if isinstance(module, (nn.BatchNorm, nn.SpectralNorm)) or module.scope is None:
+        return
+    own = module.variables.get("batch_stats", {})
+    names = sorted(name for name, value in own.items() if not isinstance(value, Mapping))
+    if names:
+        path = "/".join(module.path) or "the model"
+        raise ValueError(
+            f"{path} is a {type(module).__name__}, which keeps {', '.join(names)} in 'batch_stats' "
+            "and is no flax.linen.BatchNorm: how to run it on the batch is not known here; call "
+            "the model in its own training mode, with mutable=['batch_stats'], or use nn.BatchNorm"
+        )
+
+
 def apply_on_batch(model: nn.Module, variables: Mapping, images: jax.Array, **call) -> jax.Array:
     """A Linen model's output with batch norm on the statistics of the batch.
 
@@ -45,6 +61,9 @@ def apply_on_batch(model: nn.Module, variables: Mapping, images: jax.Array, **ca
       variables: of the model.
       images: (B, H, W, C), a batch that statistics can be taken of; the paper's have 64.
       **call: keyword arguments of the model's call.
+
+    Raises:
+      ValueError: a batch norm that is not `nn.BatchNorm`, whose statistics cannot be replaced.
     """
     with _on_batch(momentum=0.0):
         return cast(jax.Array, model.apply(variables, images, **call))
@@ -66,7 +85,8 @@ def average_statistics(
       The variables with 'batch_stats' set to the means over the batches.
 
     Raises:
-      ValueError: the model has no statistics, or there is no batch.
+      ValueError: the model has no statistics, or there is no batch; or a batch norm is not
+        `nn.BatchNorm`.
     """
     if not variables.get("batch_stats"):
         raise ValueError("the variables have no 'batch_stats'; only batch norm has statistics")

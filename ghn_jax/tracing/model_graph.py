@@ -7,10 +7,14 @@ A model is traced with shapes only: nothing is executed, whatever its size.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import numpy as np
@@ -92,13 +96,35 @@ def trace(
     if isinstance(model, nnx.Module):
         if initial is not None:
             raise ValueError("an NNX module holds its initial values; initial is for Linen models")
-        return _trace_nnx(model, sample, virtual_edges, call)
+        with _values_are_not_read(model):
+            return _trace_nnx(model, sample, virtual_edges, call)
     if isinstance(model, nn.Module):
         return _trace_linen(model, sample, virtual_edges, initial, seed, call)
     what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
     raise TypeError(
         f"the model is {what}; allowed: an instance of a module of flax.linen or flax.nnx"
     )
+
+
+@contextlib.contextmanager
+def _values_are_not_read(model):
+    """Says what to change where a model reads the values of arrays while it is traced."""
+    try:
+        yield
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ) as error:
+        libraries = tuple(str(Path(str(module.__file__)).parent) for module in (jax, flax))
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if not f.filename.startswith(libraries)]
+        where = f" (line {own[-1].lineno} of {own[-1].filename}: {own[-1].line})" if own else ""
+        raise ValueError(
+            f"{type(model).__name__} reads the value of an array while it is called{where}; "
+            "jax.jit could not run it either. Compute such numbers with NumPy (np.linspace for "
+            "jnp.linspace), or give them to the model when it is made"
+        ) from error
 
 
 class _Identity:
@@ -149,6 +175,11 @@ def trace_once(model, sample, virtual_edges: int, *, initial, seed, call) -> Tra
 
 
 def _trace_linen(model, sample, virtual_edges, initial, seed, call) -> TracedModel:
+    with _values_are_not_read(model):
+        return _trace_variables(model, sample, virtual_edges, initial, seed, call)
+
+
+def _trace_variables(model, sample, virtual_edges, initial, seed, call) -> TracedModel:
     key = jax.random.key(seed)
     if initial is None:
         # Other streams of random numbers than 'params' (dropout) fall back to it.
@@ -203,8 +234,12 @@ def _trace_nnx(model, sample, virtual_edges, call) -> TracedModel:
     if not leaves:
         raise ValueError(f"{type(model).__name__} has no nnx.Param; nothing to predict")
 
+    # Random numbers given to the call: of its own, as the trace changes their counts.
+    graphs = {n: nnx.split(v) for n, v in call.items() if isinstance(v, (nnx.Module, nnx.Rngs))}
+
     def apply(params, rest, x):
-        return nnx.merge(definition, params, rest)(x, **call)
+        own = {name: nnx.merge(graph, _copy(state)) for name, (graph, state) in graphs.items()}
+        return nnx.merge(definition, params, rest)(x, **{**call, **own})
 
     def initial(wanted):
         abstract = [paths[i] for i in wanted if isinstance(leaves[i], jax.ShapeDtypeStruct)]
