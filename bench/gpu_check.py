@@ -408,15 +408,14 @@ def calls() -> dict:
     return found
 
 
-_VARIANTS = {
-    "ours": {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False},
+# Of XLA's options on GPUs, in place of ours (`compilation.program_options`).
+_GPU_VARIANTS = {
     "with Triton": {"xla_gpu_autotune_level": "0"},
     "level 1": {"xla_gpu_autotune_level": "1"},
     "no CUDA graphs": {
         "xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_graph_min_graph_size": "1000000",
     },
-    "XLA's own": {},
 }  # fmt: skip
 
 
@@ -427,8 +426,9 @@ def compile_options(case: Case, phases: Phases, networks: int, report) -> dict:
     images = jnp.asarray(case.images(size)[0])
     found = {}
     device = jax.local_devices()[0]
-    usual = {"ours": program_options(device), "XLA's own": {}}
-    for name, extra in (_VARIANTS if device.platform == "gpu" else usual).items():
+    variants = _GPU_VARIANTS if device.platform == "gpu" else {}
+    variants = {"ours": program_options(device), **variants, "XLA's own": {}}
+    for name, extra in variants.items():
         options = known_options(extra)
         if options != extra:
             continue

@@ -10,6 +10,7 @@ from ghn_jax.cli import paper
 from ghn_jax.deepnets1m.distance import hungarian_distance
 from ghn_jax.deepnets1m.evaluation_sets import evaluation_set
 from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
+from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.evaluation.experiments import compared_architectures as compared
 from ghn_jax.evaluation.experiments.records import read_records
 from ghn_jax.hypernet.checkpoint import save_ghn
@@ -68,6 +69,13 @@ def test_the_command(tmp_path, capsys):
     apart = {(i, j): np.linalg.norm(x[i] - x[j]) for i, j in ((0, 1), (0, 2), (1, 2))}
     assert tuple(records["one"]["closest"]) == min(apart, key=apart.get)
     assert tuple(records["one"]["farthest"]) == max(apart, key=apart.get)
+    train = embed_graphs(
+        ghn, variables, [ghn.graph(sample_architecture("train", 0, i)) for i in range(5)]
+    )
+    assert records["one"]["sets"][0] == pytest.approx(compared.frechet_distance(train, x), rel=1e-4)
+    y = embed_graphs(ghn, variables, compared._named_graphs(50, 32))
+    expected = np.linalg.norm(y[1:] - y[0], axis=1)
+    np.testing.assert_allclose(records["one"]["named"], expected, rtol=1e-4)
     named = compared._named_graphs(1, 32)
     assert len(named[0]) > len(named[2]) > len(named[1])  # ResNet-50, its plain form, ResNet-34
     assert records["Hungarian"]["named"][2] == hungarian_distance(named[0], named[3])

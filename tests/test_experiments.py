@@ -426,7 +426,7 @@ def test_properties_by_the_command(tmp_path, capsys):
         paper.main(["properties", "--fit", "nowhere"])
 
 
-def test_nasbench201_by_its_command(tmp_path):
+def test_nasbench201_by_its_command(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, 5, (40, 6))
     cells = [nasbench201.format_cell([nasbench201.OPERATIONS[k] for k in row]) for row in kinds]
@@ -444,6 +444,11 @@ def test_nasbench201_by_its_command(tmp_path):
     paper.main([*arguments, "--cells", "24", "--sizes", "10", "--draws", "3"])
     after = (tmp_path / "out" / "records.jsonl").read_text()
     assert after.startswith(before) and after.count("\n") == before.count("\n") * 3 / 2
+    # Where nothing is missing, nothing is embedded or counted either.
+    for name in ("embed_cells", "count_flops"):
+        monkeypatch.setattr(f"ghn_jax.evaluation.experiments.nasbench201.{name}", None)
+    paper.main([*arguments, "--cells", "24", "--sizes", "10", "--draws", "3"])
+    assert (tmp_path / "out" / "records.jsonl").read_text() == after
     assert (tmp_path / "out" / "nasbench201.png").stat().st_size > 5000
     for wrong, message in (
         (["--cells", "5"], "--cells is 5; allowed: 51"),

@@ -73,11 +73,17 @@ def test_by_the_command_with_trained_parameters(tmp_path, monkeypatch, capsys):
     assert list(records) == ["one", "He", "He and SGD"]
     assert len({r["tensors"] for r in records.values()}) == 1
     assert records["one"]["diversity"] < records["He"]["diversity"]
-    # Trained ones started as He's did and have moved.
-    assert records["He and SGD"]["diversity"] == pytest.approx(records["He"]["diversity"], abs=0.1)
-    assert records["He and SGD"]["diversity"] != records["He"]["diversity"]
-    (name, arch), *_ = of_file(file)
-    params = experiment._of_file(tmp_path / "sgd" / "parameters" / f"{name}.safetensors")
+    assert records["one"]["diversity"] < records["He and SGD"]["diversity"]
+    (_, arch), *_ = of_file(file)
+    params, other = (
+        experiment._of_file(tmp_path / "sgd" / "parameters" / f"{n}.safetensors")
+        for n, _ in of_file(file)
+    )
+    # Networks do not start from equal numbers because their parameters have equal names.
+    assert (
+        experiment.diversity(np.stack([np.ravel(p["stem_0"]["kernel"]) for p in (params, other)]))
+        > 0.3
+    )
     like = random_parameters(build_network(arch, 10, 16), 16, seed=0)
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, like)
     assert "| GHN-2, the paper | 1000 | 760 | 0.17 | 39% |" in capsys.readouterr().out

@@ -2,10 +2,13 @@
 
 import threading
 
+import optax
 import pytest
 
 from ghn_jax.engine import programs
 from ghn_jax.engine.programs import Program, Programs
+from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.training.update import MetaStep
 
 
 class Maker:
@@ -30,12 +33,6 @@ def kept():
     found = Programs(threads=2)
     yield found
     found.close()
-
-
-def settle(kept):
-    """Waits until all that was asked for is compiled."""
-    for program in kept._programs.values():
-        program.compile()
 
 
 def test_a_program_is_compiled_once(kept):
@@ -109,11 +106,11 @@ def test_the_half_not_asked_for_longest_is_forgotten(kept, monkeypatch):
     monkeypatch.setattr(programs, "_crowded", lambda: asked.append(1) or crowded[0])
     makers = [Maker(i) for i in range(60)]
     found = [kept.get(i, make) for i, make in enumerate(makers[:49])]
-    settle(kept)
+    kept.wait()
     kept.make_room()
     assert not asked  # to count takes a while
     found += [kept.get(i, makers[i]) for i in range(49, 60)]
-    settle(kept)
+    kept.wait()
     for i in range(10):
         kept.get(i, makers[i])
     kept.make_room()
@@ -128,7 +125,7 @@ def test_the_half_not_asked_for_longest_is_forgotten(kept, monkeypatch):
     crowded[0] = False
     for program in found:
         program.forget()
-    settle(kept)
+    kept.wait()
     kept.make_room()
     assert len(asked) == 2
     assert all(program.ready for program in found)
@@ -143,6 +140,24 @@ def test_near_the_limit_of_mappings(monkeypatch, tmp_path):
     for lines, expected in ((8, False), (9, True)):
         files["/proc/self/maps"].write_text("mapping\n" * lines)
         assert programs._crowded() == expected
+
+
+def test_waiting_for_all(kept):
+    begin = threading.Event()
+    found = [kept.get(i, Maker(i, begin)) for i in range(4)]
+    threading.Timer(0.1, begin.set).start()
+    kept.wait()
+    assert all(program.ready for program in found)
+
+
+def test_a_step_closes_only_programs_of_its_own(kept):
+    for given in (kept, None):
+        step = MetaStep(GHN(), optax.identity(), programs=given)
+        step.close()
+        if given is None:
+            with pytest.raises(RuntimeError, match="shutdown"):
+                step.engine.programs.get("a", Maker("a"))
+    assert kept.get("a", Maker("a"))() == ("a",)
 
 
 def test_closed_programs_compile_nothing_more():

@@ -101,7 +101,7 @@ class MetaStep:
         self.replicated = NamedSharding(self.mesh, P())
         here = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
         self.engine = Engine(here, dtype=dtype, programs=programs)
-        self._own = programs is None
+        self._owns_programs = programs is None
         self.seed, self.workers = seed, workers
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, "network")
         self.form = Tiles(ghn)
@@ -127,7 +127,7 @@ class MetaStep:
 
     def close(self) -> None:
         """Compiles nothing more."""
-        if self._own:
+        if self._owns_programs:
             self.engine.programs.close()
         self._pool.shutdown()
 

@@ -12,6 +12,7 @@ only the order of its distances can be compared with the paper's.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -106,22 +107,18 @@ def _sets(config: Config) -> dict[str, Sequence[Architecture]]:
     return sets
 
 
-def distances(
-    named: Sequence, sets: Mapping[str, Sequence], between: Callable, among: Callable
-) -> dict[str, list[float]]:
-    """The rows of Tables 10 and 11: from RESNET50 to OTHERS, and from TRAIN to each of SPLITS.
+def _mean_distance(
+    a: Sequence[Architecture], b: Sequence[Architecture], config: Config, what: str
+) -> float:
+    """The mean Hungarian distance of pairs that are drawn from two sets."""
+    rng = np.random.default_rng(0)
+    pairs = list(zip(*(rng.integers(len(some), size=config.pairs) for some in (a, b)), strict=True))
 
-    Args:
-      named: what is known of RESNET50 and OTHERS.
-      sets: the same of the networks of TRAIN and SPLITS.
-      between: distance of two networks.
-      among: distance of two sets.
-    """
-    first, *others = named
-    return {
-        "named": [float(between(first, other)) for other in others],
-        "sets": [float(among(sets[TRAIN], sets[split])) for split in SPLITS],
-    }
+    def graph(arch: Architecture) -> Graph:
+        return build_graph(arch, 1, image_size=config.image_size)
+
+    bar = tqdm(pairs, desc=f"{HUNGARIAN}, {what}", leave=False, dynamic_ncols=True)
+    return float(np.mean([hungarian_distance(graph(a[i]), graph(b[j])) for i, j in bar]))
 
 
 def check(config: Config) -> None:
@@ -152,40 +149,31 @@ def run(config: Config) -> list[dict]:
         if method in records:
             continue
 
-        def embed(graphs, what: str, ghn=ghn, variables=variables, method=method):
-            bar = tqdm(graphs, desc=f"{method}, {what}", leave=False, dynamic_ncols=True)
-            return embed_graphs(ghn, variables, bar)
+        def embed(items, graph: Callable, what: str, ghn=ghn, variables=variables, method=method):
+            bar = tqdm(items, desc=f"{method}, {what}", leave=False, dynamic_ncols=True)
+            return embed_graphs(ghn, variables, map(graph, bar))
 
-        named = embed(_named_graphs(ghn.virtual_edges, config.image_size), "named")
-        found = {
-            split: embed([ghn.graph(a, image_size=config.image_size) for a in some], split)
-            for split, some in sets.items()
-        }
-
-        def euclidean(a, b):
-            return np.linalg.norm(a - b)
-
-        rows = distances(named, found, euclidean, frechet_distance)
-        apart = np.linalg.norm(found["test"][:, None] - found["test"][None], axis=-1)
-        pairs = list(itertools.combinations(range(len(apart)), 2))
-        order = sorted(pairs, key=lambda pair: apart[pair])
-        records.add({"name": method, **rows, "closest": order[0], "farthest": order[-1]})
+        make = functools.partial(ghn.graph, image_size=config.image_size)
+        found = {split: embed(some, make, split) for split, some in sets.items()}
+        graphs = _named_graphs(ghn.virtual_edges, config.image_size)
+        first, *others = embed(graphs, lambda graph: graph, "named")
+        x = found["test"]
+        apart = {pair: float(np.linalg.norm(x[pair[0]] - x[pair[1]]))
+                 for pair in itertools.combinations(range(len(x)), 2)}  # fmt: skip
+        records.add({
+            "name": method,
+            "named": [float(np.linalg.norm(first - other)) for other in others],
+            "sets": [frechet_distance(found[TRAIN], found[split]) for split in SPLITS],
+            "closest": min(apart, key=apart.__getitem__),
+            "farthest": max(apart, key=apart.__getitem__),
+        })  # fmt: skip
     if HUNGARIAN not in records:
-        graphs = {
-            split: [build_graph(a, 1, image_size=config.image_size) for a in some]
-            for split, some in sets.items()
-        }
-
-        def mean_distance(a: Sequence[Graph], b: Sequence[Graph]) -> float:
-            rng = np.random.default_rng(0)
-            drawn = zip(rng.integers(len(a), size=config.pairs),
-                        rng.integers(len(b), size=config.pairs), strict=True)  # fmt: skip
-            bar = tqdm(drawn, total=config.pairs, desc=HUNGARIAN, leave=False, dynamic_ncols=True)
-            return float(np.mean([hungarian_distance(a[i], b[j]) for i, j in bar]))
-
-        named_graphs = _named_graphs(1, config.image_size)
-        rows = distances(named_graphs, graphs, hungarian_distance, mean_distance)
-        records.add({"name": HUNGARIAN, **rows})
+        first, *others = _named_graphs(1, config.image_size)
+        records.add({
+            "name": HUNGARIAN,
+            "named": [hungarian_distance(first, other) for other in others],
+            "sets": [_mean_distance(sets[TRAIN], sets[split], config, split) for split in SPLITS],
+        })  # fmt: skip
     found = [records[name] for name in (*ghns, HUNGARIAN)]
     write_beside(config.out / "table.md", table(found))
     from ghn_jax.plot.drawing import draw_graph  # matplotlib is of an extra

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +135,7 @@ def search_draws(
     if max(sizes) >= n:
         raise ValueError(f"{max(sizes)} networks to fit to; allowed: fewer than all {n}")
     todo = [
-        (f"{method}, {size}, {seed}", method, size, seed)
+        (_name(method, size, seed), method, size, seed)
         for size in sizes
         for method in (*features, RANDOM, BEST)
         for seed in range(seeds)
@@ -153,6 +154,10 @@ def search_draws(
             best = others[np.argmax(predicted)]
         yield {"name": name, "method": method, "size": size, "tau": tau,
                "test_accuracy": float(test[best])}  # fmt: skip
+
+
+def _name(method: str, size: int, seed: int) -> str:
+    return f"{method}, {size}, {seed}"
 
 
 def rows_of(records: Iterable[Mapping]) -> list[Row]:
@@ -233,17 +238,23 @@ def run(config: Config) -> list[Row]:
         rng = np.random.default_rng(config.seed)
         chosen = np.sort(rng.choice(chosen, config.cells, replace=False))
     cells = [cells[i] for i in chosen]
-    ghns = load_ghns(config.ghn)
-    features: dict[str, Features] = {
-        name: embed_cells(*loaded, cells, progress=True) for name, loaded in ghns.items()
-    }
-    if config.neupred:
-        features["NeuPred"] = [cell_graph(cell, 1) for cell in cells]
-    features["parameters"] = np.array([count_parameters(cell) for cell in cells])
-    features["FLOPs"] = np.array([count_flops(cell) for cell in cells])
     records = Records.open(
         config.out, describe("nasbench201", config, without=("out", "sizes", "draws", "neupred"))
     )
+    makers: dict[str, Callable[[], Features]] = {
+        name: lambda loaded=loaded: embed_cells(*loaded, cells, progress=True)
+        for name, loaded in load_ghns(config.ghn).items()
+    }
+    if config.neupred:
+        makers["NeuPred"] = lambda: [cell_graph(cell, 1) for cell in cells]
+    makers["parameters"] = lambda: np.array([count_parameters(cell) for cell in cells])
+    makers["FLOPs"] = lambda: np.array([count_flops(cell) for cell in cells])
+    draws = list(itertools.product(config.sizes, range(config.draws)))
+    features = {
+        method: make()
+        for method, make in makers.items()
+        if any(_name(method, *draw) not in records for draw in draws)
+    }
     for record in search_draws(
         features, validation[chosen], test[chosen], config.sizes, config.draws, progress=True,
         known=records,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,32 +117,35 @@ def _of_file(path: Path) -> dict:
     return params
 
 
-def _methods(config: Config) -> Iterator[tuple[str, Callable[[str, Architecture], Mapping | None]]]:
-    """Methods, each (name, architecture) -> `params`, or None where it has none."""
-    for method, (ghn, variables) in load_ghns(config.ghn).items():
-        yield (
-            method,
-            lambda name, arch, ghn=ghn, variables=variables: ghn.predict(
-                variables, arch, image_size=config.image_size
-            ),
-        )
-    yield (
-        HE,
-        lambda name, arch: random_parameters(
-            build_network(arch, 10, config.image_size), config.image_size, seed=0
-        ),
-    )
+# (name, architecture, seed) -> the `params` tree of a network, or None where there is none.
+Parameters = Callable[[str, Architecture, int], Mapping | None]
+
+
+def _methods(config: Config) -> dict[str, Parameters]:
+    """Where parameters come from, by name."""
+
+    def predicted(ghn, variables) -> Parameters:
+        return lambda name, arch, seed: ghn.predict(variables, arch, image_size=config.image_size)
+
+    def random(name: str, arch: Architecture, seed: int) -> Mapping:
+        network = build_network(arch, image_size=config.image_size)
+        # A seed of its own: equal names in two networks would get equal numbers.
+        return random_parameters(network, config.image_size, seed=seed)
+
+    methods = {method: predicted(*loaded) for method, loaded in load_ghns(config.ghn).items()}
+    methods[HE] = random
     if config.trained is not None:
         folder = config.trained / "parameters"
         if not folder.is_dir():
             raise ValueError(f"{config.trained} has no parameters; make them with ghn-paper "
                              "trained-networks --keep-parameters")  # fmt: skip
 
-        def trained(name: str, arch: Architecture):
+        def trained(name: str, arch: Architecture, seed: int) -> Mapping | None:
             path = folder / f"{name}.safetensors"
             return _of_file(path) if path.exists() else None
 
-        yield SGD, trained
+        methods[SGD] = trained
+    return methods
 
 
 def networks(config: Config) -> list[Named]:
@@ -159,7 +162,7 @@ def run(config: Config) -> list[dict]:
     Raises:
       ValueError: options that cannot work, or a folder with records of other options.
     """
-    nets, methods = networks(config), dict(_methods(config))
+    nets, methods = networks(config), _methods(config)
     records = Records.open(
         config.out, describe("predicted_parameters", config, without=("ghn", "trained", "out"))
     )
@@ -167,8 +170,12 @@ def run(config: Config) -> list[dict]:
         if method in records:
             continue
         tensors, shares = [], []
-        for name, arch in tqdm(nets, desc=method, unit="network", dynamic_ncols=True, leave=False):
-            if not isinstance(arch, Architecture) or (params := parameters(name, arch)) is None:
+        bar = tqdm(nets, desc=method, unit="network", dynamic_ncols=True, leave=False)
+        for seed, (name, arch) in enumerate(bar):
+            if not isinstance(arch, Architecture):
+                continue
+            params = parameters(name, arch, seed)
+            if params is None:
                 continue
             graph = build_graph(arch, 1, image_size=config.image_size)
             some, share = look_at(graph, params, config.shape)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ghn_jax.data.augment import cut_out
 from ghn_jax.data.images import Images, load_images, prefetch, steps_per_epoch, train_batches
 from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.sampling import seeded
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import (
     count_correct,
@@ -278,7 +279,9 @@ def run(config: Config) -> list[dict]:
         training = training_of(engine, network, config.recipe, train, config.seed)
         if ghn is None:
             module = module_of(network, train.task)
-            params = random_parameters(module, train.image_size, config.seed)
+            # Of its own: networks whose parameters have equal names would start from equal numbers.
+            seed = int(seeded(f"initial parameters, {name}", config.seed, 0).integers(2**31))
+            params = random_parameters(module, train.image_size, seed)
         else:
             params = predict_network(*ghn, network, train.image_size)[1]
         epochs.set_postfix_str(name)
