@@ -43,7 +43,7 @@ def test_tensors_and_first_kernel_of_a_network():
     found, share = experiment.look_at(graph, params, shape)
     assert share == pytest.approx(0.25)
     expected = [
-        np.asarray(leaf).transpose(3, 2, 0, 1)
+        np.asarray(leaf)
         for path, leaf in jax.tree.flatten_with_path(params)[0]
         if path[-1].key == "kernel" and leaf.shape == (3, 3, 1, 8)
     ]

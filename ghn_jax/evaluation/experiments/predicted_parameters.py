@@ -79,11 +79,11 @@ def sparsity(tensor: np.ndarray) -> float:
 
 
 def _kernel(graph: Graph, node: int, params: Mapping) -> np.ndarray:
-    """A node's kernel in the `params` tree of its network, in PyTorch's order."""
+    """A node's kernel in the `params` tree of its network."""
     leaf: Any = params
     for part in (*parameter_path(graph.names[node]), "kernel"):
         leaf = leaf[part]
-    return np.asarray(leaf).transpose(3, 2, 0, 1)
+    return np.asarray(leaf)
 
 
 def look_at(graph: Graph, params: Mapping, shape: Sequence[int]) -> tuple[list[np.ndarray], float]:
