@@ -12,7 +12,7 @@ class Reference:
     """A process that answers requests; see `reference_worker.py`, which it runs.
 
     Args:
-      task: 'update' or 'evaluate'.
+      task: 'update', 'evaluate' or 'train'.
       code: a checkout of the authors' repository.
       nets: the official HDF5 file that networks are read from.
       batch_size: images in a batch.

@@ -1,8 +1,9 @@
-"""The authors' training update and evaluation (facebookresearch/ppuda), timed for `reference.py`.
+"""The authors' training and evaluation (facebookresearch/ppuda), timed for `reference.py`.
 
 Reads one JSON line for each request and answers with one, {"seconds": ..., "cpu_seconds": ...,
-"memory_mb": ...}. Requests are a meta-batch, {"indices": [...], "C": [...], "fc_dim": [...]}, or a
-network of the `test` split to run over images, {"index": ..., "C": ..., "images": ...}.
+"memory_mb": ...}. Requests are a meta-batch, {"indices": [...], "C": [...], "fc_dim": [...]}, a
+network of the `test` split to run over images, {"index": ..., "C": ..., "images": ...}, or one to
+train for an epoch, {"index": ..., "C": ..., "seed": ..., "start": ..., "images": ...}.
 """
 
 from __future__ import annotations
@@ -92,18 +93,73 @@ def answer_evaluations(nets: str, batch_size: int):
     return answer
 
 
+def answer_training(nets: str, batch_size: int):
+    """Networks -> {"top1", "training"}: accuracy after an epoch, and its seconds."""
+    import numpy as np
+    from ppuda.deepnets1m.loader import DeepNets1M
+    from ppuda.deepnets1m.net import Network
+    from ppuda.utils import Trainer, infer
+    from safetensors.torch import load_file
+
+    graphs = DeepNets1M(nets_dir=str(Path(nets).parent), split="test", virtual_edges=1)
+
+    def answer(index, C, seed, start, images):
+        graph = graphs[index]
+        graph.net_args.update(C=C)
+        if graph.net_args.get("norm") == "bn":
+            graph.net_args["norm"] = "bn-track"
+        network = Network(is_imagenet_input=False, num_classes=10, **graph.net_args)
+        missing, unknown = network.load_state_dict(load_file(start), strict=False)
+        assert not unknown and all("running" in n or "num_batches" in n for n in missing), missing
+        data = np.load(images)
+        mean, std = data["mean"], data["std"]
+        rng = np.random.default_rng(seed)
+
+        def batches(part, train):
+            pixels, labels = data[f"{part}_x"], torch.from_numpy(data[f"{part}_y"]).long()
+            padded = np.pad(pixels, ((0, 0), (4, 4), (4, 4), (0, 0)))
+            order = rng.permutation(len(pixels)) if train else np.arange(len(pixels))
+            last = len(order) - len(order) % batch_size if train else len(order)
+            for i in range(0, last, batch_size):
+                some = order[i : i + batch_size]
+                if train:
+                    crops = zip(some, rng.integers(0, 9, (len(some), 2)), strict=True)
+                    x = np.stack([padded[n, a : a + 32, b : b + 32] for n, (a, b) in crops])
+                    flip = rng.random(len(some)) < 0.5
+                    x[flip] = x[flip, :, ::-1]
+                else:
+                    x = pixels[some]
+                x = (x.astype(np.float32) / 255 - mean) / std
+                yield torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), labels[some]
+
+        optimizer = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+        trainer = Trainer(optimizer, 10, False, n_batches=10**9, grad_clip=5, device="cpu",
+                          log_interval=10**9)  # fmt: skip
+        network.train()
+        begin = time.perf_counter()
+        for x, y in batches("train", True):
+            trainer.update(network, x, y)
+        seconds = time.perf_counter() - begin
+        top1, _ = infer(network.eval(), list(batches("test", False)))
+        return {"top1": top1 / 100, "training": seconds, "seconds": time.perf_counter() - begin}
+
+    return answer
+
+
 def main(task: str, code: str, nets: str, batch_size: int) -> None:
     """Answers requests until the input ends."""
     sys.path.insert(0, code)
     _import_torchvision()
-    answer = {"update": answer_updates, "evaluate": answer_evaluations}[task](nets, batch_size)
+    tasks = {"update": answer_updates, "evaluate": answer_evaluations, "train": answer_training}
+    answer = tasks[task](nets, batch_size)
     print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__}), flush=True)
     for line in sys.stdin:
         cpu = time.process_time()
-        seconds = answer(**json.loads(line))
+        answered = answer(**json.loads(line))
         cpu = time.process_time() - cpu
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "memory_mb": memory}), flush=True)
+        found = answered if isinstance(answered, dict) else {"seconds": answered}
+        print(json.dumps({**found, "cpu_seconds": cpu, "memory_mb": memory}), flush=True)
 
 
 if __name__ == "__main__":

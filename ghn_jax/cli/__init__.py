@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 _EXTRAS = {
     "array_record": "train",
     "importlib_resources": "train",
+    "markdown": "plot",
     "matplotlib": "plot",
     "sklearn": "train",
     "submitit": "cluster",

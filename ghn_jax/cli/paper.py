@@ -24,8 +24,9 @@ from ghn_jax.engine.memory import keep_memory
 
 PROG = "ghn-paper"
 
-# Name of an experiment -> what it is; its file is named after it.
+# Name of an experiment -> what it is; its file is named after it, but for `all`.
 EXPERIMENTS = {
+    "all": "every table and figure at small size, as a page of pictures (with --quick)",
     "predicted-networks": "networks with predicted parameters (Tables 3 and 4, upper halves)",
     "trained-networks": "networks trained by SGD or Adam (Tables 3 and 4, lower halves)",
     "properties": "properties predicted from embeddings (Fig. 4, 11)",
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str]) -> None:
     name, *rest = arguments
     if name not in EXPERIMENTS:
         raise ValueError(f"there is no experiment {name!r}; allowed: {', '.join(EXPERIMENTS)}")
-    module = importlib.import_module(f"ghn_jax.evaluation.experiments.{name.replace('-', '_')}")
+    file = "gallery" if name == "all" else name.replace("-", "_")
+    module = importlib.import_module(f"ghn_jax.evaluation.experiments.{file}")
     quick = "--quick" in rest
     default = module.quick() if quick else module.Config()
     config = tyro.cli(
