@@ -1,5 +1,7 @@
 """Hypernetworks on disk."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -59,6 +61,21 @@ def test_a_checkpoint_that_does_not_fit(saved, old, new, message):
     with pytest.raises(ValueError, match=message):
         load_ghn(saved)
     assert files(saved) == before
+
+
+def test_checkpoints_of_before_are_read(saved):
+    """Of when the encoder was called hypernet, and the decoder was no choice."""
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    ghn = config["ghn"]
+    before = {"num_classes": ghn["num_classes"], "max_shape": ghn["max_shape"],
+              "hypernet": ghn["encoder"], "virtual_edges": 50, "virtual_includes_real": False,
+              "normalise": True, "layer_norm": True, "features": 32, "dummy_op": True}  # fmt: skip
+    path.write_text(json.dumps({**config, "ghn": before}))
+    assert load_ghn(saved)[0] == GHN(**SMALL)
+    path.write_text(json.dumps({**config, "ghn": {**before, "hypernet": "mlp"}}))
+    with pytest.raises(ValueError, match="does not fit the module"):
+        load_ghn(saved)
 
 
 def test_no_checkpoint(tmp_path, saved):

@@ -284,6 +284,8 @@ def test_a_kernel_no_decoder_makes():
         GHN(**SMALL).graph(arch, image_size=224)
 
 
-def test_unknown_hypernet():
-    with pytest.raises(ValueError, match="hypernet is 'gcn'; allowed: 'gatedgnn', 'mlp'"):
-        GHN(hypernet="gcn", **SMALL).init_variables(0)
+def test_unknown_encoders_and_decoders():
+    with pytest.raises(ValueError, match="encoder is 'gcn'; allowed: 'gatedgnn', 'mlp'"):
+        GHN(encoder="gcn", **SMALL).init_variables(0)
+    with pytest.raises(ValueError, match="decoder is 'rnn'; allowed: 'conv', 'mlp'"):
+        GHN(decoder="rnn", **SMALL).init_variables(0)

@@ -178,6 +178,7 @@ MODELS = [
     GHN(virtual_includes_real=True, dummy_op=False, features=16, **SMALL),
     ghn1(dummy_op=False, **SMALL),
     mlp_baseline(virtual_includes_real=True, **SMALL),
+    GHN(virtual_includes_real=True, decoder="mlp", **SMALL),
 ]
 
 
@@ -191,7 +192,7 @@ def perturbed(ghn):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("ghn", MODELS, ids=["ghn2", "15 rows", "ghn1", "mlp"])
+@pytest.mark.parametrize("ghn", MODELS, ids=["ghn2", "15 rows", "ghn1", "mlp", "mlp decoder"])
 def test_a_hypernetwork_there_and_back(ghn, suffix, tmp_path):
     variables = perturbed(ghn)
     path = tmp_path / f"ghn{suffix}"
@@ -254,7 +255,7 @@ def rows(c):
         (lambda c: c["config"].update(ve=False), "unknown ones: gnn.mlp_ve.fc.0.bias"),
         (lambda c: c["config"].update(hid=16), "expected"),
         (lambda c: c["config"].update(hid=0), "hid 0; allowed: 1 or more"),
-        (lambda c: c["config"].update(decoder="mlp"), "decoder is 'mlp'"),
+        (lambda c: c["config"].update(decoder="rnn"), "decoder is 'rnn'"),
         (lambda c: c["config"].update(hypernet="gcn"), "hypernet 'gcn'"),
         (lambda c: c["config"].update(num_classes="ten"), "num_classes = 'ten'"),
         (lambda c: c["config"].update(max_shape=(1, 2)), r"max_shape is \(1, 2\)"),

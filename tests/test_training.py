@@ -439,7 +439,7 @@ def test_the_papers_hyperparameters():
         assert c.space.max_nodes == 2200
         assert c.space.rules(32).n_cells == RULES["train"].n_cells
     assert preset("ghn1").ghn(Task()).normalise is False
-    assert preset("mlp").ghn(Task()).hypernet == "mlp"
+    assert preset("mlp").ghn(Task()).encoder == "mlp"
 
 
 def test_the_learning_rate_falls_tenfold_at_epochs_200_and_250():

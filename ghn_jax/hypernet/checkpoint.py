@@ -26,9 +26,15 @@ def ghn_config(ghn: GHN) -> dict[str, Any]:
     return {name: getattr(ghn, name) for name in names}
 
 
+# Fields that came later: a checkpoint without one is of their default.
+_LATER = {"decoder"}
+
+
 def _ghn_from_config(config: dict[str, Any], path: Path) -> GHN:
+    if "hypernet" in config and "encoder" not in config:  # what the field was called at first
+        config = {"encoder" if k == "hypernet" else k: v for k, v in config.items()}
     fields = set(ghn_config(GHN()))
-    if set(config) != fields:
+    if not fields - _LATER <= set(config) <= fields:
         raise ValueError(
             f"{path} describes a hypernetwork by {sorted(config)}, expected {sorted(fields)}; "
             "it is not one of this version's checkpoints"

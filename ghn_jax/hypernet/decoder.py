@@ -1,12 +1,15 @@
-"""From node states to parameter tiles: shape encoding and the three decoders (paper B.1, B.2).
+"""Shape encoding, and what all decoders from node states to tiles have in common (paper B.1, B.2).
 
 A *tile* is what the decoder predicts before it is tiled and sliced to a parameter's shape
-(`tiling.py`): 64 input by 64 output channels at each position of a kernel.
+(`tiling.py`): 64 input by 64 output channels at each position of a kernel. The decoders are in
+files of their own, such as `conv_decoder.py`; `ghn.DECODERS` names them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -89,11 +92,14 @@ class ShapeEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The three decoders: kernels, vectors (norm layers and biases), and the classifier (B.1).
+    """Makes tiles: kernels as a subclass does, vectors (norm layers and biases) as all do (B.1).
 
-    The kernel decoder is the compact one of B.1: a linear layer to 128 values at each kernel
-    position, then two 1x1 convolutions to (in, out) channels. Only the positions asked for are
-    computed.
+    A subclass has methods named after `tiling.TileKind`: `kernel`, `depthwise`, `position` and
+    `classifier`.
+
+    Training decodes tiles of one kind at a time (`training/decoding.py`). What a kind does not read
+    should cost it nothing, so it gets the *part* of the parameters that it reads, and gives back
+    that part of their gradient.
 
     Attributes:
       features: d, size of a node's state.
@@ -105,38 +111,20 @@ class Decoder(nn.Module):
     max_shape: tuple[int, int, int, int]
     num_classes: int
 
+    # A subclass adds its own: a method's name -> names of the parameters that it reads.
+    reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vector": ("vector_0", "vector_1"),
+        "classifier_bias": ("vector_0", "vector_1", "class_bias"),
+    }
+    # Layers whose outputs are (..., height, width): of them, only a kernel's positions are read.
+    by_position: ClassVar[tuple[str, ...]] = ()
+
     def setup(self):
-        """Makes the layers that `__call__` chooses from."""
-        d = self.features
-        out, in_, height, width = self.max_shape
-        mid, wide = 4 * d, 8 * d
-        positions = height * width
-        # (d, 128, height, width): sliced to a kernel's positions before it is applied.
-        self.fc = dense_params(self, "fc", d, mid * positions)
-        self.conv_0 = dense_params(self, "conv_0", mid, wide)
-        self.conv_1 = dense_params(self, "conv_1", wide, in_ * out)
-        self.class_kernel = dense_params(self, "class_kernel", out, self.num_classes)
+        """Makes the layers of vectors and of the classifier's bias."""
+        d, largest = self.features, max(self.max_shape[:2])
         self.vector_0 = dense_params(self, "vector_0", d, 2 * d)
-        self.vector_1 = dense_params(self, "vector_1", 2 * d, 2 * max(out, in_))
-        self.class_bias = dense_params(self, "class_bias", max(out, in_), self.num_classes)
-
-    def _hidden(self, x: jax.Array, height: int, width: int) -> jax.Array:
-        """(n, d) -> (n, height * width, 256), the kernel decoder up to its last convolution."""
-        _, _, h, w = self.max_shape
-        mid = 4 * self.features
-        kernel = self.fc["kernel"].reshape(-1, mid, h, w)[:, :, :height, :width]
-        bias = self.fc["bias"].reshape(mid, h, w)[:, :height, :width]
-        kernel = kernel.transpose(0, 2, 3, 1).reshape(self.features, -1)
-        bias = bias.transpose(1, 2, 0).reshape(-1)
-        y = nn.relu(x @ kernel + bias).reshape(len(x), height * width, mid)
-        return nn.relu(dense(self.conv_0, y))
-
-    def _last(self, in_channels: slice, out_channels: slice):
-        """The last convolution restricted to some channels: {'kernel': (256, i, o), 'bias'}."""
-        out, in_ = self.max_shape[:2]
-        kernel = self.conv_1["kernel"].reshape(-1, in_, out)
-        bias = self.conv_1["bias"].reshape(in_, out)
-        return kernel[:, in_channels, out_channels], bias[in_channels, out_channels]
+        self.vector_1 = dense_params(self, "vector_1", 2 * d, 2 * largest)
+        self.class_bias = dense_params(self, "class_bias", largest, self.num_classes)
 
     def __call__(self, states: jax.Array, kind: TileKind) -> jax.Array:
         """Decodes (n, d) node states to n tiles of one kind."""
@@ -144,26 +132,6 @@ class Decoder(nn.Module):
         if kind.decoder in ("kernel", "depthwise", "position"):
             return method(states, kind.height, kind.width)
         return method(states)
-
-    def kernel(self, x: jax.Array, height: int, width: int) -> jax.Array:
-        """(n, d) -> (n, height * width, in, out) tiles of dense convolutions and linear layers."""
-        out, in_ = self.max_shape[:2]
-        y = dense(self.conv_1, self._hidden(x, height, width))
-        return y.reshape(len(x), height * width, in_, out)
-
-    def depthwise(self, x: jax.Array, height: int, width: int) -> jax.Array:
-        """(n, d) -> (n, height * width, out) tiles of depthwise convolutions (input channel 0)."""
-        kernel, bias = self._last(slice(0, 1), slice(None))
-        return self._hidden(x, height, width) @ kernel[:, 0] + bias[0]
-
-    def position(self, x: jax.Array, height: int, width: int) -> jax.Array:
-        """(n, d) -> (n, height * width, in) tiles of positional encodings (output channel 0)."""
-        kernel, bias = self._last(slice(None), slice(0, 1))
-        return self._hidden(x, height, width) @ kernel[:, :, 0] + bias[:, 0]
-
-    def classifier(self, x: jax.Array) -> jax.Array:
-        """(n, d) -> (n, in, classes): the classification weight, one map over output channels."""
-        return dense(self.class_kernel, nn.relu(self.kernel(x, 1, 1)[:, 0]))
 
     def vector(self, x: jax.Array) -> jax.Array:
         """(n, d) -> (n, 2, 64): row 0 a norm layer's weight, row 1 its or a layer's bias."""
@@ -173,3 +141,47 @@ class Decoder(nn.Module):
     def classifier_bias(self, x: jax.Array) -> jax.Array:
         """(n, d) -> (n, classes)."""
         return dense(self.class_bias, nn.relu(self.vector(x)[:, 1]))
+
+    # --- Parts of the parameters, of a decoder that is bound to none ---
+
+    def _positions(self, x: jax.Array) -> jax.Array:
+        """(..., outputs) of a layer in `by_position` -> (..., outputs, height, width)."""
+        return x.reshape(*x.shape[:-1], -1, *self.max_shape[2:])
+
+    def _sliced(self, params, name: str, kind: TileKind):
+        """A layer's parameters, of the kind's positions where it has some for each."""
+        if name not in self.by_position:
+            return params[name]
+
+        def few(x):
+            x = self._positions(x)[..., : kind.height, : kind.width]
+            return x.reshape(*x.shape[:-3], -1)
+
+        return jax.tree.map(few, params[name])
+
+    def part(self, params, kind: TileKind) -> dict[str, Any]:
+        """What a kind of tile reads of the parameters."""
+        return {name: self._sliced(params, name, kind) for name in self.reads[kind.decoder]}
+
+    def decode_part(self, params, part, states: jax.Array, kind: TileKind) -> jax.Array:
+        """(n, d) -> n tiles of a kind, from its part; of all parameters no value is read."""
+        small = self.clone(max_shape=(*self.max_shape[:2], kind.height, kind.width))
+        unread = {name: self._sliced(params, name, kind) for name in params}
+        return cast(jax.Array, small.apply({"params": {**unread, **part}}, states, kind))
+
+    def add_part(self, sums, part, kind: TileKind) -> dict[str, Any]:
+        """Adds the gradient of a kind's part to a gradient of all parameters."""
+        sums = dict(sums)
+        for name, gradient in part.items():
+            if name in self.by_position:
+
+                def add(total, g):
+                    positions = self._positions(total)
+                    g = g.reshape(*positions.shape[:-2], kind.height, kind.width)
+                    added = positions.at[..., : kind.height, : kind.width].add(g)
+                    return added.reshape(total.shape)
+
+                sums[name] = jax.tree.map(add, sums[name], gradient)
+            else:
+                sums[name] = jax.tree.map(jnp.add, sums[name], gradient)
+        return sums

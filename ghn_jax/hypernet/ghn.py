@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -15,8 +15,10 @@ import numpy as np
 
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph, build_graph
+from ghn_jax.hypernet.conv_decoder import ConvDecoder
 from ghn_jax.hypernet.decoder import Decoder, ShapeEncoder
 from ghn_jax.hypernet.gatedgnn import GatedGNN, NodeMLP
+from ghn_jax.hypernet.mlp_decoder import MLPDecoder
 from ghn_jax.hypernet.padding import next_power_of_two, pad_graphs
 from ghn_jax.hypernet.tiling import (
     Tensor,
@@ -37,7 +39,8 @@ class GHN(nn.Module):
       num_classes: classes of the image dataset.
       max_shape: (out, in, height, width) of the largest decoded tile; larger parameters are tiled
         along channels.
-      hypernet: 'gatedgnn', or 'mlp' for node states without message passing.
+      encoder: a name in `ENCODERS`: 'gatedgnn', or 'mlp' for node states without message passing.
+      decoder: a name in `DECODERS`: 'conv', the compact one of B.1, or 'mlp', that of vanilla GHNs.
       virtual_edges: s^(max) of Eq. 4 (GHN-2: 50); 1 for real edges only (GHN-1).
       virtual_includes_real: sum over virtual edges from s = 1, as the released checkpoints were
         trained, in place of the paper's 1 < s.
@@ -50,7 +53,8 @@ class GHN(nn.Module):
 
     num_classes: int = 10
     max_shape: tuple[int, int, int, int] = (64, 64, 11, 11)
-    hypernet: str = "gatedgnn"
+    encoder: str = "gatedgnn"
+    decoder: str = "conv"
     virtual_edges: int = 50
     virtual_includes_real: bool = False
     normalise: bool = True
@@ -60,20 +64,15 @@ class GHN(nn.Module):
 
     def setup(self):
         """Makes the parts; their parameters are shared by everything below."""
-        if self.hypernet not in ("gatedgnn", "mlp"):
-            raise ValueError(f"hypernet is {self.hypernet!r}; allowed: 'gatedgnn', 'mlp'")
+        check_choices(self)
         d = self.features
         rows = len(PRIMITIVES) + self.dummy_op
         self.op_embedding = self.param("op_embedding", nn.initializers.normal(1.0), (rows, d))
         self.shape_encoder = ShapeEncoder(d, self.num_classes, self.max_shape[2])
-        self.gnn = (
-            GatedGNN(d, self.virtual_edges > 1, self.virtual_includes_real)
-            if self.hypernet == "gatedgnn"
-            else NodeMLP(d)
-        )
+        self.gnn = ENCODERS[self.encoder](self)
         if self.layer_norm:
             self.norm = nn.LayerNorm(epsilon=1e-5)
-        self.decoder = Decoder(d, self.max_shape, self.num_classes)
+        self.tile_decoder = make_decoder(self, name="decoder")
 
     def __call__(self, graph: jraph.GraphsTuple) -> jax.Array:
         """Encodes a padded batch of graphs: (N, d) final node states."""
@@ -84,7 +83,7 @@ class GHN(nn.Module):
 
     def decode(self, states: jax.Array, kind: TileKind) -> jax.Array:
         """Decodes (n, d) node states to n tiles of one kind; see `decoder.Decoder`."""
-        return self.decoder(states, kind)
+        return self.tile_decoder(states, kind)
 
     def encode_and_decode_all(self, graph: jraph.GraphsTuple) -> tuple:
         """Runs every part once, so that `init` creates every parameter."""
@@ -187,6 +186,30 @@ class GHN(nn.Module):
         return tensors
 
 
+# Encoders by name: the fields of a hypernetwork -> a module (states, padded graphs) -> states.
+ENCODERS: dict[str, Callable[[GHN], nn.Module]] = {
+    "gatedgnn": lambda ghn: GatedGNN(
+        ghn.features, ghn.virtual_edges > 1, ghn.virtual_includes_real
+    ),
+    "mlp": lambda ghn: NodeMLP(ghn.features),
+}
+DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "mlp": MLPDecoder}
+
+
+def check_choices(ghn: GHN) -> None:
+    """Raises ValueError if a hypernetwork's encoder or decoder is not known."""
+    for field, known in (("encoder", ENCODERS), ("decoder", DECODERS)):
+        if getattr(ghn, field) not in known:
+            raise ValueError(
+                f"{field} is {getattr(ghn, field)!r}; allowed: {', '.join(map(repr, known))}"
+            )
+
+
+def make_decoder(ghn: GHN, name: str | None = None) -> Decoder:
+    """The decoder of a hypernetwork, with the name that its parameters have."""
+    return DECODERS[ghn.decoder](ghn.features, ghn.max_shape, ghn.num_classes, name=name)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _init(ghn: GHN, key: jax.Array, graph: jraph.GraphsTuple) -> Mapping[str, Any]:
     return ghn.init(key, graph, method="encode_and_decode_all")
@@ -209,4 +232,4 @@ def ghn1(num_classes: int = 10, **options) -> GHN:
 
 def mlp_baseline(num_classes: int = 10, **options) -> GHN:
     """The MLP baseline (§ 5.1): GHN-2 without message passing."""
-    return GHN(num_classes, hypernet="mlp", **options)
+    return GHN(num_classes, encoder="mlp", **options)

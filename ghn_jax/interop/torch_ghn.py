@@ -32,6 +32,7 @@ _CONFIG: dict[str, type | tuple[type, ...]] = {
     "layernorm": bool,
     "hid": int,
 }
+_ENCODERS, _DECODERS = ("gatedgnn", "mlp"), ("conv", "mlp")  # that the authors' code has
 VIRTUAL_EDGES = 50  # s^(max) of every released checkpoint; their config only says whether
 
 
@@ -75,7 +76,7 @@ def _tensors(ghn: GHN) -> list[_Tensor]:
     if ghn.layer_norm:
         add("ln.weight", "norm.scale")
         add("ln.bias", "norm.bias")
-    if ghn.hypernet == "mlp":
+    if ghn.encoder == "mlp":
         linear("gnn.fc.0", "gnn.mlp_0")
         linear("gnn.fc.2", "gnn.mlp_1")
     else:
@@ -87,23 +88,32 @@ def _tensors(ghn: GHN) -> list[_Tensor]:
         for ours, theirs in (("gru_input", "ih"), ("gru_hidden", "hh")):
             add(f"gnn.gru.weight_{theirs}", f"gnn.{ours}.kernel", _transpose, _transpose)
             add(f"gnn.gru.bias_{theirs}", f"gnn.{ours}.bias")
-    linear("decoder.fc.0", "decoder.fc")
-    linear("decoder.conv.0", "decoder.conv_0", (1, 1))
-    # Its outputs are (out, in) channels of a kernel there, (in, out) here.
-    out, in_ = ghn.max_shape[:2]
+    # Outputs are (out, in) channels of a kernel there, (in, out) here; of an MLP, with positions.
+    out, in_, height, width = ghn.max_shape
+    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
+    if ghn.decoder == "mlp":
+        linear("decoder.mlp.fc.0", "decoder.mlp_0")
+        last, shape, inputs = ("decoder.mlp.fc.2", "decoder.mlp_1"), (height * width,), ()
+    else:
+        linear("decoder.fc.0", "decoder.fc")
+        linear("decoder.conv.0", "decoder.conv_0", (1, 1))
+        last, shape, inputs = ("decoder.conv.2", "decoder.conv_1"), (1,), (1, 1)
     add(
-        "decoder.conv.2.weight",
-        "decoder.conv_1.kernel",
-        lambda w: w.reshape(out, in_, -1).transpose(2, 1, 0).reshape(-1, in_ * out),
-        lambda w: w.reshape(-1, in_, out).transpose(2, 1, 0).reshape(out * in_, -1, 1, 1),
+        f"{last[0]}.weight",
+        f"{last[1]}.kernel",
+        lambda w: w.reshape(out, in_, *shape, -1).transpose(3, 1, 0, 2).reshape(w.shape[1], -1),
+        lambda w: (
+            w.reshape(-1, in_, out, *shape).transpose(2, 1, 3, 0).reshape(-1, len(w), *inputs)
+        ),
     )
     add(
-        "decoder.conv.2.bias",
-        "decoder.conv_1.bias",
-        lambda b: b.reshape(out, in_).T.reshape(-1),
-        lambda b: b.reshape(in_, out).T.reshape(-1),
+        f"{last[0]}.bias",
+        f"{last[1]}.bias",
+        lambda b: b.reshape(out, in_, *shape).transpose(1, 0, 2).reshape(-1),
+        lambda b: b.reshape(in_, out, *shape).transpose(1, 0, 2).reshape(-1),
     )
-    linear("decoder.class_layer_predictor.1", "decoder.class_kernel", (1, 1))
+    linear("decoder.class_layer_predictor.1", "decoder.class_kernel", inputs)
     linear("decoder_1d.fc.0", "decoder.vector_0")
     linear("decoder_1d.fc.2", "decoder.vector_1")
     linear("bias_class.1", "decoder.class_bias")
@@ -126,16 +136,17 @@ def _ghn_of(config: Mapping, state: Mapping[str, np.ndarray], path: Path) -> GHN
             f"{path}: num_classes is {config['num_classes']} and hid {config['hid']}; allowed: 1 "
             "or more"
         )
-    if config["decoder"] != "conv" or config["hypernet"] not in ("gatedgnn", "mlp"):
+    if config["decoder"] not in _DECODERS or config["hypernet"] not in _ENCODERS:
         raise ValueError(
             f"{path}: decoder is {config['decoder']!r} and hypernet {config['hypernet']!r}; "
-            "allowed: 'conv', and 'gatedgnn' or 'mlp'"
+            "allowed: 'conv' or 'mlp', and 'gatedgnn' or 'mlp'"
         )
     embedding = state.get("embed.weight", np.empty(0))
     return GHN(
         config["num_classes"],
         shape,
         config["hypernet"],
+        config["decoder"],
         virtual_edges=VIRTUAL_EDGES if config["ve"] else 1,
         virtual_includes_real=config["ve"],
         normalise=config["weight_norm"],
@@ -244,7 +255,12 @@ def save_torch_ghn(ghn: GHN, variables, path: str | Path, *, epoch: int = 0) -> 
     path = Path(path)
     if path.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"cannot save to {path.name!r}; allowed suffixes: .pt, .safetensors")
-    virtual = ghn.hypernet == "gatedgnn" and ghn.virtual_edges > 1
+    if ghn.encoder not in _ENCODERS or ghn.decoder not in _DECODERS:
+        raise ValueError(
+            f"the authors' code has no encoder {ghn.encoder!r} with a decoder {ghn.decoder!r}; "
+            f"allowed: {', '.join(_ENCODERS)}; and {', '.join(_DECODERS)}"
+        )
+    virtual = ghn.encoder == "gatedgnn" and ghn.virtual_edges > 1
     if virtual and (ghn.virtual_edges != VIRTUAL_EDGES or not ghn.virtual_includes_real):
         raise ValueError(
             f"the authors' code sums over virtual edges of 1 to {VIRTUAL_EDGES} steps, this "
@@ -256,8 +272,8 @@ def save_torch_ghn(ghn: GHN, variables, path: str | Path, *, epoch: int = 0) -> 
     config = {
         "max_shape": tuple(ghn.max_shape),
         "num_classes": ghn.num_classes,
-        "hypernet": ghn.hypernet,
-        "decoder": "conv",
+        "hypernet": ghn.encoder,
+        "decoder": ghn.decoder,
         "weight_norm": ghn.normalise,
         "ve": ghn.virtual_edges > 1,
         "layernorm": ghn.layer_norm,

@@ -22,8 +22,7 @@ from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.deepnets1m.units import Arrays, Classifier, Unit
 from ghn_jax.engine.engine import Engine, is_spec
 from ghn_jax.engine.programs import Program
-from ghn_jax.hypernet.decoder import Decoder
-from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.hypernet.ghn import GHN, make_decoder
 from ghn_jax.hypernet.tiling import (
     CLASSIFIER,
     TileKind,
@@ -35,18 +34,6 @@ from ghn_jax.hypernet.tiling import (
 
 # Kernel positions that are decoded at once: enough for the matrix products to be efficient.
 _POSITIONS = 64
-
-
-_KERNEL = ("fc", "conv_0", "conv_1")
-_VECTOR = ("vector_0", "vector_1")
-_READS = {  # parameters of `decoder.Decoder` that its methods read
-    "kernel": _KERNEL,
-    "depthwise": _KERNEL,
-    "position": _KERNEL,
-    "classifier": (*_KERNEL, "class_kernel"),
-    "vector": _VECTOR,
-    "classifier_bias": (*_VECTOR, "class_bias"),
-}
 
 
 class Chunk(NamedTuple):
@@ -141,6 +128,7 @@ class TilePrograms:
 
     def __init__(self, ghn: GHN, engine: Engine, params: Any):
         self.ghn, self.engine = ghn, engine
+        self._decoder = make_decoder(ghn)
         self._params = _specs(engine, params)
         self._known_residuals: dict[Any, Any] = {}
 
@@ -191,45 +179,8 @@ class TilePrograms:
 
     def _decode(self, params, part, states, nodes, kind: TileKind) -> jax.Array:
         """(n, ...) tiles, from the part of the decoder's parameters that the kind reads."""
-        ghn = self.ghn
-        shape = (*ghn.max_shape[:2], kind.height, kind.width)
-        decoder = Decoder(ghn.features, shape, ghn.num_classes)
-        params = {**params, "fc": self._fc(params, kind), **part}
-        tiles = decoder.apply({"params": params}, states[jnp.maximum(nodes, 0)], kind)
-        return squash(tiles, kind, jnp) if ghn.normalise else tiles
-
-    def _part(self, params, kind: TileKind):
-        """What a kind of tile reads of the decoder's parameters: of `fc`, its positions only."""
-        part = {name: params[name] for name in _READS[kind.decoder]}
-        return {**part, "fc": self._fc(params, kind)} if "fc" in part else part
-
-    def _fc(self, params, kind: TileKind):
-        def positions(x):
-            x = self._positions(x)[..., : kind.height, : kind.width]
-            return x.reshape(*x.shape[:-3], -1)
-
-        return jax.tree.map(positions, params["fc"])
-
-    def _positions(self, x: jax.Array) -> jax.Array:
-        """(..., mid * height * width) -> (..., mid, height, width)."""
-        return x.reshape(*x.shape[:-1], -1, *self.ghn.max_shape[2:])
-
-    def _add(self, sums, part, kind: TileKind):
-        """Adds the cotangents of `_part` to those of all parameters, in place."""
-        sums = dict(sums)
-        for name, gradient in part.items():
-            if name == "fc":
-
-                def add(total, g):
-                    positions = self._positions(total)
-                    g = g.reshape(*positions.shape[:-2], kind.height, kind.width)
-                    added = positions.at[..., : kind.height, : kind.width].add(g)
-                    return added.reshape(total.shape)
-
-                sums[name] = jax.tree.map(add, sums[name], gradient)
-            else:
-                sums[name] = jax.tree.map(jnp.add, sums[name], gradient)
-        return sums
+        tiles = self._decoder.decode_part(params, part, states[jnp.maximum(nodes, 0)], kind)
+        return squash(tiles, kind, jnp) if self.ghn.normalise else tiles
 
     def _chunk_specs(self, chunk: Chunk, n_node: int):
         nodes = (chunk.nodes.shape, jnp.dtype(jnp.int32), self.engine.whole)
@@ -240,7 +191,7 @@ class TilePrograms:
         kind = chunk.kind
 
         def decode(params, states, nodes):
-            tiles = self._decode(params, self._part(params, kind), states, nodes, kind)
+            tiles = self._decode(params, self._decoder.part(params, kind), states, nodes, kind)
             return tuple(tiles[i] for i in range(len(nodes)))
 
         return self.engine.program(
@@ -256,12 +207,12 @@ class TilePrograms:
         kind = chunk.kind
 
         def decode_backward(params, states, nodes, dtiles, sums):
-            part = self._part(params, kind)
+            part = self._decoder.part(params, kind)
             _, vjp = jax.vjp(lambda p, s: self._decode(params, p, s, nodes, kind), part, states)
             g = jnp.stack(dtiles)
             unused = (nodes < 0).reshape(-1, *[1] * (g.ndim - 1))
             dpart, dstates = vjp(jnp.where(unused, 0, g))
-            return self._add(sums[0], dpart, kind), sums[1] + dstates
+            return self._decoder.add_part(sums[0], dpart, kind), sums[1] + dstates
 
         params, states, nodes = self._chunk_specs(chunk, n_node)
         tile = (_tile_shape(self.ghn, kind), jnp.dtype(jnp.float32), self.engine.whole)
