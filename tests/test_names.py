@@ -46,6 +46,7 @@ def test_modules_are_found_under_their_old_names(old):
         ("prediction", "predict", "predict_model"),
         ("images", "load_images", "data.images.load_images"),
         ("parity", "main", "cli.parity.main"),
+        ("program_store", "ProgramStore", "engine.programs.Programs"),
     ],
 )
 def test_what_old_modules_had(module, name, new):

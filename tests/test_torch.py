@@ -140,6 +140,7 @@ def test_the_hand_made_tensor_is_one(tmp_path):
         (tensor((3, 2), (2, 1)), DATA, "larger than its 4 elements"),
         (tensor((2, 2), (2, 1), offset=1), DATA, "larger than its 4 elements"),
         (tensor((2, 2), (2,)), DATA, "with strides"),
+        (tensor((200, 200, 200, 200), (0, 0, 0, 0)), DATA, "larger than its 4 elements"),
         (tensor((2, 2), (2, 1)), DATA[:8], "too few for 4 numbers"),
         (tensor((2,), (1,), storage="QInt8Storage"), DATA, "QInt8Storage"),
         (tensor((2,), (1,))[:-9], DATA, "cannot be read"),
@@ -152,6 +153,14 @@ def test_damaged_files(tmp_path, data, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_torch(path)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_compressed_is_not_unpacked(tmp_path):
+    path = archive(tmp_path / "a.pt", tensor((2, 2), (2, 1)))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data/0", DATA)
+    with pytest.raises(ValueError, match="data/0 is compressed, as PyTorch never writes it"):
+        read_torch(path)
 
 
 def test_files_of_another_kind(tmp_path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import stat
+import warnings
 from pathlib import Path
 
 import jax
@@ -13,13 +16,36 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def keep_programs(folder: str | Path) -> None:
-    """Turns on JAX's persistent compilation cache, so that a second run starts in seconds."""
+    """Turns on JAX's persistent compilation cache, so that a second run starts in seconds.
+
+    What is in the folder runs as the user: where others may write to it, or it is somebody else's,
+    it is not used, and a warning says so.
+    """
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if problem := _not_private(folder):
+        warnings.warn(
+            f"compiled programs are not kept: {folder} {problem}; give another --cache-dir, or "
+            f"make it yours alone (chmod go-w {folder})",
+            stacklevel=2,
+        )
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Most of the engine's programs take less than a second, but there are hundreds.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _not_private(folder: Path) -> str:
+    """What is wrong with a folder that only the user should write to; empty if nothing is."""
+    if not hasattr(os, "getuid"):  # Windows
+        return ""
+    status = folder.stat()
+    if status.st_uid != os.getuid():
+        return "belongs to another user"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "may be written to by other users"
+    return ""
 
 
 @functools.cache

@@ -64,6 +64,7 @@ _RENAMED = {
     "metastep": "training.update",
     "parameters": "hypernet.tiling",
     "presets": "training.config",
+    "program_store": "engine.programs",
     "deepnets1m.figures": "plot.splits",
     "deepnets1m.__main__": "cli.deepnets1m",
 }
@@ -82,6 +83,7 @@ _ELSEWHERE = {
     },
     "ghn_jax.parity": {"main": "ghn_jax.cli.parity.main"},
     "ghn_jax.prediction": {"predict": "ghn_jax.tracing.prediction.predict_model"},
+    "ghn_jax.program_store": {"ProgramStore": "ghn_jax.engine.programs.Programs"},
 }
 
 # What `python -m` runs under an old name, where that is not the module itself.

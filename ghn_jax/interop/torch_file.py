@@ -40,7 +40,8 @@ def _tensor(storage: np.ndarray, offset: int, size, stride, *_) -> np.ndarray:
     if len(size) != len(stride) or offset < 0 or min((*size, *stride), default=0) < 0:
         raise ValueError(f"a tensor of shape {size} with strides {stride}")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if math.prod(size) and last >= len(storage):
+    # Views that repeat elements (strides of 0) could have any size; no checkpoint has them.
+    if math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
         raise ValueError(f"a tensor of shape {size} is larger than its {len(storage)} elements")
     strides = [s * storage.itemsize for s in stride]
     view = np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
@@ -82,7 +83,10 @@ class _Reader(pickle.Unpickler):
         if kind != "storage" or storage not in _DTYPES:
             raise ValueError(f"it holds a {kind} of {storage}")
         if key not in self._storages:
-            data = self._archive.read(f"{self._folder}data/{key}")
+            entry = self._archive.getinfo(f"{self._folder}data/{key}")
+            if entry.compress_type != zipfile.ZIP_STORED:  # what unpacks may be of any size
+                raise ValueError(f"data/{key} is compressed, as PyTorch never writes it")
+            data = self._archive.read(entry)
             if len(data) < count * _DTYPES[storage].itemsize:
                 raise ValueError(f"data/{key} holds {len(data)} bytes, too few for {count} numbers")
             self._storages[key] = np.frombuffer(data, _DTYPES[storage].newbyteorder("<"), count)

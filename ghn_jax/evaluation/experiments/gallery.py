@@ -10,11 +10,9 @@ paper's size costs is on the page "The paper, table by table" of the documentati
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import html
 import importlib
-import io
 import os
 import sys
 import time
@@ -25,6 +23,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ghn_jax.data.images import load_images
+from ghn_jax.deepnets1m.distance import hungarian_distance
+from ghn_jax.deepnets1m.evaluation_sets import EVALUATION_SIZES, evaluation_set
+from ghn_jax.deepnets1m.graph import build_graph
+from ghn_jax.deepnets1m.sampling import sample_architecture
+from ghn_jax.deepnets1m.statistics import statistics, table
 from ghn_jax.evaluation.experiments.records import write_beside
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.training.config import TrainConfig, preset
@@ -150,15 +153,8 @@ def _make(exhibit: Exhibit, config: Config, ghns: tuple[Path, ...]) -> None:
     """Runs an experiment in its quick form, into a folder of its own."""
     out = config.out / exhibit.name
     if exhibit.name == STATISTICS:
-        from ghn_jax.cli.deepnets1m import stats
-
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / TABLE).exists():
-            return
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            stats(num=100, figures=out)
-        write_beside(out / TABLE, f"```\n{printed.getvalue()}```\n")
+        if not (out / TABLE).exists():
+            _statistics(out)
         return
     module = _experiment(exhibit.name)
     options = {"out": out}
@@ -173,6 +169,25 @@ def _make(exhibit: Exhibit, config: Config, ghns: tuple[Path, ...]) -> None:
     if "keep_parameters" in fields:
         options["keep_parameters"] = True
     module.run(dataclasses.replace(module.quick(), **options))
+
+
+def _statistics(out: Path) -> None:
+    """Table 1, Fig. 6 and Fig. 7 of 100 networks of each split."""
+    from ghn_jax.plot.splits import draw_examples, draw_statistics
+
+    out.mkdir(parents=True, exist_ok=True)
+    found = {split: evaluation_set(split)[:100] for split in EVALUATION_SIZES}
+    found["train"] = [sample_architecture("train", 0, i) for i in range(100)]
+    columns = {split: statistics(some) for split, some in found.items()}
+    some = {split: [build_graph(a, 1) for a in found[split][:10]] for split in found}
+    distances = {
+        split: [hungarian_distance(a, b) for a in graphs for b in some["train"]]
+        for split, graphs in tqdm(some.items(), desc="distances", leave=False)
+        if split != "train"
+    }
+    draw_statistics(columns, out / "statistics.png", distances=distances)
+    draw_examples({split: graphs[:3] for split, graphs in some.items()}, out / "examples.png")
+    write_beside(out / TABLE, f"```\n{table(columns)}\n```\n")
 
 
 def _experiment(name: str):
