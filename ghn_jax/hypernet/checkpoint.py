@@ -6,18 +6,22 @@ reads a saved hypernetwork reads a run. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from ghn_jax.hypernet.ghn import GHN
 
-_CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
+_CONFIG, _CHECKPOINTS, _DIGEST = "config.json", "checkpoints", "digest"
 
 
 def ghn_config(ghn: GHN) -> dict[str, Any]:
@@ -45,6 +49,12 @@ def _ghn_from_config(config: dict[str, Any], path: Path) -> GHN:
 class Checkpoints:
     """The checkpoints of one folder.
 
+    Every call opens the folder by itself, and saving takes as long as it takes. As a context
+    manager it stays open, and saves in the background:
+
+        with Checkpoints("runs/ghn2") as checkpoints:
+            checkpoints.save(100, position, params=params)  # goes on while it is written
+
     Args:
       path: the folder.
       keep: how many of the latest checkpoints to keep.
@@ -53,8 +63,22 @@ class Checkpoints:
     def __init__(self, path: str | Path, *, keep: int = 2):
         self.path = Path(path)
         self._keep = keep
+        self._held: ocp.training.Checkpointer | None = None
+        self._pending: tuple[int, Any] | None = None
 
-    def _open(self) -> ocp.training.Checkpointer:
+    def __enter__(self) -> Checkpoints:
+        self._held = self._new()
+        return self
+
+    def __exit__(self, *error) -> None:
+        held, self._held = self._held, None
+        assert held is not None
+        try:
+            self._finish()
+        finally:
+            held.close()
+
+    def _new(self) -> ocp.training.Checkpointer:
         context = ocp.Context()
         # Some megabytes: written by one device, without programs that cut a part for each.
         context.array_options.saving.use_replica_parallel = False
@@ -64,10 +88,14 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
         )
 
+    def _open(self) -> contextlib.AbstractContextManager[ocp.training.Checkpointer]:
+        return contextlib.nullcontext(self._held) if self._held is not None else self._new()
+
     def write_config(self, ghn: GHN, **more: Any) -> None:
         """Writes `config.json`: the hypernetwork's fields and whatever else is JSON."""
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"ghn": ghn_config(ghn), **more}, indent=2)
+        config = json.loads(json.dumps({"ghn": ghn_config(ghn), **more}))
+        text = json.dumps({**config, _DIGEST: _digest_of_json(config)}, indent=2)
         temporary = self.path / (_CONFIG + ".part")
         temporary.write_text(text + "\n")
         temporary.replace(self.path / _CONFIG)
@@ -91,6 +119,12 @@ class Checkpoints:
             raise ValueError(
                 f"{path} is damaged ({error}); it should be JSON with a key 'ghn'"
             ) from None
+        digest = config.pop(_DIGEST, None)
+        if digest is not None and digest != _digest_of_json(config):
+            raise ValueError(
+                f"{path} is not as it was written: its digest differs. Restore it; or, if you "
+                f"changed it on purpose, remove its last key, {_DIGEST!r}"
+            )
         return config
 
     def ghn(self) -> GHN:
@@ -108,16 +142,39 @@ class Checkpoints:
         """Saves trees of arrays under a step, with a position of the architecture stream.
 
         Where there are several processes, all of them call this, as they do `load`.
+
+        Raises:
+          OSError: this checkpoint, or the one that was written in the background, could not be
+            written; those before it are as they were.
         """
+        self._finish()
+        # Copies: what is saved in the background must not change with the next update.
+        trees = jax.tree.map(lambda x: np.array(x, jax.dtypes.canonicalize_dtype(x.dtype)), trees)
+        digests = {name: _digest(step, position, tree) for name, tree in trees.items()}
         with self._open() as checkpointer:
-            checkpointer.save_checkpointables(
-                step, trees, custom_metadata={"position": position}, overwrite=True
-            )
+            with _as_one_sentence(self.path, step):
+                response = checkpointer.save_checkpointables_async(
+                    step, trees, overwrite=True,
+                    custom_metadata={"position": position, "digests": digests},
+                )  # fmt: skip
+            self._pending = step, response
+            if self._held is None:
+                self._finish()
+
+    def _finish(self) -> None:
+        """Waits for what is written in the background."""
+        if self._pending is not None:
+            (step, response), self._pending = self._pending, None
+            with _as_one_sentence(self.path, step):
+                if response is not None:
+                    response.result()
 
     def load(
         self, sharding: jax.sharding.Sharding | None = None, **like: Any
     ) -> tuple[int, int, dict[str, Any]]:
         """Loads trees from the last checkpoint, whatever devices it was saved from.
+
+        If that one is damaged, a warning says so, and the one before it is loaded.
 
         Args:
           sharding: where the arrays go; to JAX's first device if not given.
@@ -128,26 +185,90 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is no checkpoint.
-          ValueError: a tree's names, shapes or types are not those expected.
+          ValueError: a tree's names, shapes or types are not those expected, or all checkpoints
+            are damaged.
         """
         if self.latest() is None:
             raise FileNotFoundError(
                 f"{self.path} holds no checkpoint; give a folder written by training or by save_ghn"
             )
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        problem = None
         with self._open() as checkpointer:
-            step = checkpointer.latest.step
-            metadata = checkpointer.checkpointables_metadata(step)
-            for name, tree in like.items():
-                _check(self.path, name, tree, metadata.metadata.get(name))
-            sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            abstract = {
-                name: jax.tree.map(
-                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-                )
-                for name, tree in like.items()
-            }
-            trees = checkpointer.load_checkpointables(step, abstract)
-            return step, int(metadata.custom_metadata["position"]), trees
+            for step in sorted((c.step for c in checkpointer.checkpoints), reverse=True):
+                try:
+                    found = self._load(checkpointer, step, sharding, like)
+                except Exception as error:  # damage comes out of Orbax as any of a dozen kinds
+                    if problem is None:
+                        problem = step, error
+                    continue
+                if problem is not None:
+                    warnings.warn(
+                        f"checkpoint {problem[0]} in {self.path} is damaged "
+                        f"({_first_line(problem[1])}); going on from checkpoint {step}",
+                        stacklevel=3,
+                    )
+                return found
+        assert problem is not None
+        step, error = problem
+        if isinstance(error, _Misfit):
+            raise error
+        raise ValueError(
+            f"checkpoint {step} in {self.path} is damaged ({_first_line(error)}), and none before "
+            "it can be read; restore the folder from a copy"
+        ) from None
+
+    def _load(self, checkpointer, step: int, sharding, like: dict[str, Any]):
+        metadata = checkpointer.checkpointables_metadata(step)
+        for name, tree in like.items():
+            _check(self.path, name, tree, metadata.metadata.get(name))
+        abstract = {
+            name: jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+            )
+            for name, tree in like.items()
+        }
+        trees = checkpointer.load_checkpointables(step, abstract)
+        position = int(metadata.custom_metadata["position"])
+        # Checkpoints of before have none.
+        for name, digest in metadata.custom_metadata.get("digests", {}).items():
+            if name in trees and _digest(step, position, trees[name]) != digest:
+                raise ValueError(f"the numbers of {name!r} are not those that were saved")
+        return step, position, trees
+
+
+def _digest_of_json(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(step: int, position: int, tree: Any) -> str:
+    """SHA-256 of a checkpoint's place and of a tree's numbers, in the order of its leaves."""
+    digest = hashlib.sha256(f"{step} {position}".encode())
+    for leaf in jax.tree.leaves(tree):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def _as_one_sentence(path: Path, step: int) -> Iterator[None]:
+    """What goes wrong while a checkpoint is written, whatever Orbax makes of it."""
+    try:
+        yield
+    except Exception as error:  # a full disk comes out as any of several kinds
+        raise OSError(
+            f"checkpoint {step} could not be written to {path} ({_first_line(error)}); the one "
+            "before it is as it was. Make room, and go on with --resume"
+        ) from error
+
+
+class _Misfit(ValueError):
+    """A checkpoint of another module."""
 
 
 def _shapes(tree: Any) -> dict[str, tuple]:
@@ -165,13 +286,13 @@ def _shapes(tree: Any) -> dict[str, tuple]:
 def _check(path: Path, name: str, expected: Any, found: Any) -> None:
     """Orbax may load a tree in part where it does not match, so compare it first."""
     if found is None:
-        raise ValueError(f"{path} holds no {name!r}; it was not written for this purpose")
+        raise _Misfit(f"{path} holds no {name!r}; it was not written for this purpose")
     want, have = _shapes(expected), _shapes(found)
     if want != have:
         wrong = [k for k in want if have.get(k, want[k]) != want[k]]
         wrong += sorted(set(want) ^ set(have))
         example = ", ".join(f"{k}: {have.get(k)} for {want.get(k)}" for k in wrong[:3])
-        raise ValueError(
+        raise _Misfit(
             f"the checkpoint in {path} does not fit the module: {len(wrong)} arrays of {name!r} "
             f"differ (found for expected: {example}); use the configuration it was saved with"
         )
