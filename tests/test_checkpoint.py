@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
@@ -164,13 +165,34 @@ def test_no_damage_gives_wrong_numbers(tmp_path):
     assert outcomes == {1, 2, "error"}
 
 
+def test_numbers_of_another_checkpoint_are_not_taken_for_its_own(tmp_path):
+    checkpoints, like = Checkpoints(tmp_path), {"a": jax.ShapeDtypeStruct((3,), np.float32)}
+    for step in (1, 2):
+        checkpoints.save(step, 10 * step, params={"a": np.full(3, step, np.float32)})
+    metadata = tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    text = metadata.read_text()
+    assert '"position": 20' in text
+    metadata.write_text(text.replace('"position": 20', '"position": 28'))
+    with pytest.warns(UserWarning, match="2 in .* is damaged .*; going on from checkpoint 1"):
+        assert checkpoints.load(params=like)[:2] == (1, 10)
+    metadata.write_text(text)
+    assert checkpoints.load(params=like)[:2] == (2, 20)
+    one, two = (tmp_path / "checkpoints" / step / "params" for step in "12")
+    one.rename(tmp_path / "aside")
+    two.rename(one)
+    (tmp_path / "aside").rename(two)
+    with pytest.raises(ValueError, match="2 in .* not those that were saved.*, and none before it"):
+        checkpoints.load(params=like)
+
+
 def test_what_is_saved_in_the_background_is_what_it_was(tmp_path):
-    array = np.zeros((200, 200), np.float32)
+    array = jnp.zeros((200, 200))
+    update = jax.jit(lambda x: x + 1, donate_argnums=0)  # into the memory that was saved from
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2, 3):
-            array[:] = step
+            array = update(array)
             checkpoints.save(step, step, params={"a": array})
-            array[:] = -1  # as the next update does
+        update(update(array))
     like = {"a": jax.ShapeDtypeStruct((200, 200), np.float32)}
     step, _, trees = Checkpoints(tmp_path).load(params=like)
     assert step == 3
