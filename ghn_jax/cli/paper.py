@@ -34,8 +34,13 @@ EXPERIMENTS = {
     "search": "architecture search by predicted accuracy (Table 9)",
     "compared-architectures": "distances of architectures and of splits (Tables 10, 11, Fig. 12)",
     "predicted-parameters": "diversity and sparsity of predicted parameters (Table 12)",
+    "ablations": "GHN-2 without its parts, and variants of it (Tables 5, 8); also table5, table8",
+    "training-architectures": "accuracy by the number of training architectures (Fig. 3)",
     "few-shot": "fine-tuning on 100 images of each class (Table 6, left)",
 }
+
+
+_ALSO = {"table5": "ablations", "table8": "ablations"}
 
 
 def usage() -> str:
@@ -51,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.stdout.write(usage())
         sys.exit(0)
     name, *rest = arguments
+    name = _ALSO.get(name, name)
     if name not in EXPERIMENTS:
         raise ValueError(f"there is no experiment {name!r}; allowed: {', '.join(EXPERIMENTS)}")
     file = "gallery" if name == "all" else name.replace("-", "_")

@@ -2,9 +2,10 @@ r"""Trains a graph hypernetwork (paper Eq. 2, § 5.1).
 
     ghn-train --dataset cifar10 --data-dir DIR --preset ghn2 --steps 200 --out runs/x
 
-Every option of the preset can be changed on the command line. `runs/x/metrics.jsonl` gets one
-object for each update, `runs/x/checkpoints` the model, the optimizer and the position in the images
-and architectures; `--resume` goes on exactly where the last checkpoint was.
+Every option of the preset can be changed on the command line; `--ablation NAME` changes it as a row
+of the paper's Tables 5 and 8 does (`ghn_jax/training/ablations.py`). `runs/x/metrics.jsonl` gets
+one object for each update, `runs/x/checkpoints` the model, the optimizer and the position in the
+images and architectures; `--resume` goes on exactly where the last checkpoint was.
 
 All devices share the work: `--mesh arch=4,data=2` divides the architectures of an update between
 four processes, which are started here, and the images between the two devices of each. On several
@@ -26,6 +27,7 @@ from ghn_jax.cli import command
 from ghn_jax.data.images import load_images
 from ghn_jax.engine.compilation import keep_programs
 from ghn_jax.engine.memory import keep_memory
+from ghn_jax.training.ablations import ABLATIONS, ablate, check_ablation
 from ghn_jax.training.config import PRESETS, TrainConfig, preset
 from ghn_jax.training.launch import rows_here, start_rows
 from ghn_jax.training.loop import check, train
@@ -35,22 +37,31 @@ PROG = "ghn-train"
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
-    """Reads the command line: a preset, and options that change it.
+    """Reads the command line: a preset, an ablation of it, and options that change it.
 
-    tyro's own presets are subcommands (`ghn-train ghn2 ...`); as an option, the preset is read
-    first, because the defaults of all others are its.
+    tyro's own presets are subcommands (`ghn-train ghn2 ...`); as options, preset and ablation are
+    read first, because the defaults of all others are theirs.
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="ghn2")
-    name = first.parse_known_args(arguments)[0].preset
-    return tyro.cli(
+    first.add_argument("--ablation")
+    given = first.parse_known_args(arguments)[0]
+    default = before = preset(given.preset)
+    if given.ablation is not None:
+        default = ablate(given.ablation, before)
+    config = tyro.cli(
         TrainConfig,
         prog=PROG,
-        default=preset(name),
+        default=default,
         args=arguments,
-        description=f"{__doc__}\nPresets: {', '.join(PRESETS)}. Defaults are those of {name}.",
+        description=(
+            f"{__doc__}\nPresets: {', '.join(PRESETS)}. Ablations: {', '.join(ABLATIONS)}. "
+            f"Defaults are those of {given.preset}{f', {given.ablation}' * bool(given.ablation)}."
+        ),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    check_ablation(config, before)
+    return config
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ def ghn_config(ghn: GHN) -> dict[str, Any]:
 
 
 # Fields that came later: a checkpoint without one is of their default.
-_LATER = {"decoder"}
+_LATER = {"decoder", "fan", "shape_encoding", "stack", "rounds", "forward_only"}
 
 
 def _ghn_from_config(config: dict[str, Any], path: Path) -> GHN:

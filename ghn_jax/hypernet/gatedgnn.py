@@ -234,7 +234,7 @@ sweep.defvjp(_sweep_forward, _sweep_backward)
 
 
 class GatedGNN(nn.Module):
-    """Sweeps once over the graph forwards and once backwards (Eqs. 3 and 4, T = 1).
+    """Sweeps over the graph forwards and backwards (Eqs. 3 and 4), once unless told otherwise.
 
     A node hears its neighbours' already updated states, so nodes are updated in topological order,
     up to `SWEEP_WIDTH` at a time (`padding._schedule`). What a node says is computed once, when it
@@ -247,11 +247,15 @@ class GatedGNN(nn.Module):
         the other one is twice as wide, as in the authors' models.
       virtual_includes_real: whether the sum over virtual edges includes the real ones
         (s >= 1), as the released checkpoints need; the paper's Eq. 4 has 1 < s.
+      rounds: T of Eq. 3, how often both sweeps are made, with the same parameters.
+      forward_only: leave the backward sweeps out (Table 8, "π = only fw").
     """
 
     features: int = 32
     virtual: bool = True
     virtual_includes_real: bool = False
+    rounds: int = 1
+    forward_only: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, graph: jraph.GraphsTuple) -> jax.Array:
@@ -262,7 +266,7 @@ class GatedGNN(nn.Module):
           graph: padded batch from `padding.pad_graphs` with N nodes.
 
         Returns:
-          (N, d) states after both sweeps.
+          (N, d) states after the last sweep.
         """
         d = self.features
         hidden = d // 2 if self.virtual else d
@@ -283,7 +287,14 @@ class GatedGNN(nn.Module):
         weight = jnp.where(distance > 0, 1 / jnp.maximum(distance, 1), 0.0).astype(x.dtype)
         matrix = jnp.zeros((n, n), x.dtype).at[graph.receivers, graph.senders].add(weight)
         run = functools.partial(sweep, self.virtual_includes_real, _Layers(mlps, cell))
-        return run(run(x, matrix, graph.globals["forward"]), matrix.T, graph.globals["backward"])
+
+        def once(x: jax.Array) -> jax.Array:
+            x = run(x, matrix, graph.globals["forward"])
+            return x if self.forward_only else run(x, matrix.T, graph.globals["backward"])
+
+        if self.rounds == 1:
+            return once(x)
+        return lax.scan(lambda x, _: (once(x), None), x, length=self.rounds)[0]
 
 
 class NodeMLP(nn.Module):

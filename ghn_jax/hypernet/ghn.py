@@ -45,7 +45,13 @@ class GHN(nn.Module):
       virtual_includes_real: sum over virtual edges from s = 1, as the released checkpoints were
         trained, in place of the paper's 1 < s.
       normalise: differentiable normalisation of predicted parameters (§ 4.1).
+      fan: what it divides weights by: 'in', or 'out' (§ C.2.1).
       layer_norm: layer norm of the final node states.
+      shape_encoding: add an encoding of parameters' shapes to the initial node states (B.1).
+      stack: encoders one after another, each with parameters of its own ("Stacked GHN" of Table 8;
+        the paper says no more about it).
+      rounds: T of Eq. 3, sweeps of the GatedGNN in each direction.
+      forward_only: the GatedGNN sweeps forwards only (π of Eq. 3).
       features: d, size of node states.
       dummy_op: an extra row of the op embedding for padding nodes, as the paper prints it (B.2.1);
         released checkpoints have none.
@@ -58,7 +64,12 @@ class GHN(nn.Module):
     virtual_edges: int = 50
     virtual_includes_real: bool = False
     normalise: bool = True
+    fan: str = "in"
     layer_norm: bool = True
+    shape_encoding: bool = True
+    stack: int = 1
+    rounds: int = 1
+    forward_only: bool = False
     features: int = 32
     dummy_op: bool = True
 
@@ -68,8 +79,10 @@ class GHN(nn.Module):
         d = self.features
         rows = len(PRIMITIVES) + self.dummy_op
         self.op_embedding = self.param("op_embedding", nn.initializers.normal(1.0), (rows, d))
-        self.shape_encoder = ShapeEncoder(d, self.num_classes, self.max_shape[2])
+        if self.shape_encoding:
+            self.shape_encoder = ShapeEncoder(d, self.num_classes, self.max_shape[2])
         self.gnn = ENCODERS[self.encoder](self)
+        self.stacked = [ENCODERS[self.encoder](self) for _ in range(self.stack - 1)]
         if self.layer_norm:
             self.norm = nn.LayerNorm(epsilon=1e-5)
         self.tile_decoder = make_decoder(self, name="decoder")
@@ -77,8 +90,11 @@ class GHN(nn.Module):
     def __call__(self, graph: jraph.GraphsTuple) -> jax.Array:
         """Encodes a padded batch of graphs: (N, d) final node states."""
         rows = jnp.minimum(graph.nodes["primitive"], self.op_embedding.shape[0] - 1)
-        x = self.op_embedding[rows] + self.shape_encoder(graph.nodes["shape"])
-        x = self.gnn(x, graph)
+        x = self.op_embedding[rows]
+        if self.shape_encoding:
+            x = x + self.shape_encoder(graph.nodes["shape"])
+        for gnn in (self.gnn, *self.stacked):
+            x = gnn(x, graph)
         return self.norm(x) if self.layer_norm else x
 
     def decode(self, states: jax.Array, kind: TileKind) -> jax.Array:
@@ -182,14 +198,18 @@ class GHN(nn.Module):
         for kind, group in groups.items():  # a second loop: the device decodes while we wait
             tiles = xp.asarray(decoded[kind])
             for i, node in enumerate(group):
-                tensors[node] = node_tensors(graph, node, tiles[i], self.normalise, xp)
+                tensors[node] = node_tensors(graph, node, tiles[i], self.normalise, xp, self.fan)
         return tensors
 
 
 # Encoders by name: the fields of a hypernetwork -> a module (states, padded graphs) -> states.
 ENCODERS: dict[str, Callable[[GHN], nn.Module]] = {
     "gatedgnn": lambda ghn: GatedGNN(
-        ghn.features, ghn.virtual_edges > 1, ghn.virtual_includes_real
+        ghn.features,
+        ghn.virtual_edges > 1,
+        ghn.virtual_includes_real,
+        ghn.rounds,
+        ghn.forward_only,
     ),
     "mlp": lambda ghn: NodeMLP(ghn.features),
 }
@@ -197,12 +217,27 @@ DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "mlp": MLPDecoder}
 
 
 def check_choices(ghn: GHN) -> None:
-    """Raises ValueError if a hypernetwork's encoder or decoder is not known."""
-    for field, known in (("encoder", ENCODERS), ("decoder", DECODERS)):
+    """Raises ValueError if a hypernetwork has a choice that there is not, or that does nothing."""
+    for field, known in (("encoder", ENCODERS), ("decoder", DECODERS), ("fan", ("in", "out"))):
         if getattr(ghn, field) not in known:
             raise ValueError(
                 f"{field} is {getattr(ghn, field)!r}; allowed: {', '.join(map(repr, known))}"
             )
+    for field in ("stack", "rounds"):
+        if getattr(ghn, field) < 1:
+            raise ValueError(f"{field} is {getattr(ghn, field)}; allowed: 1 or more")
+    if ghn.encoder != "gatedgnn" and (ghn.rounds > 1 or ghn.forward_only):
+        raise ValueError(
+            f"rounds is {ghn.rounds} and forward_only {ghn.forward_only}, but the encoder "
+            f"{ghn.encoder!r} does not sweep; allowed: 1 and False"
+        )
+    if ghn.fan != "in" and not ghn.normalise:
+        raise ValueError("fan is 'out', but normalise is False; allowed: 'in', or normalise")
+
+
+def count_parameters(ghn: GHN) -> int:
+    """How many parameters a hypernetwork has; nothing is allocated."""
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: ghn.init_variables(0))))
 
 
 def make_decoder(ghn: GHN, name: str | None = None) -> Decoder:

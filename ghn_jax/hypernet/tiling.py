@@ -74,14 +74,18 @@ def check_decodable(graph: Graph, max_shape: tuple[int, int, int, int]) -> None:
             raise ValueError(f"no decoder makes the shape {shape} of {name!r}: {reason}")
 
 
-def weight_scale(shape: tuple[int, ...]) -> float:
+def weight_scale(shape: tuple[int, ...], fan: str = "in") -> float:
     """Table 2: sqrt(beta / fan in) of a weight of two dimensions or more (PyTorch's order).
 
     beta is 2, but 1 where no ReLU follows: depthwise kernels and the 1xk half of a factorised one.
+
+    Args:
+      shape: of the weight.
+      fan: 'in', or 'out' to count output channels instead (Table 8).
     """
-    fan_in = math.prod(shape[1:])
+    channels = shape[1] if fan == "in" else shape[0]
     before_linear = len(shape) > 2 and (shape[1] == 1 or shape[2] < shape[3])
-    return math.sqrt((1.0 if before_linear else 2.0) / fan_in)
+    return math.sqrt((1.0 if before_linear else 2.0) / (channels * math.prod(shape[2:])))
 
 
 def squash_norm_weight(p, xp):
@@ -107,7 +111,13 @@ def tile_axis(x, axis: int, size: int, xp):
 
 
 def weight_from_tile(
-    tile, shape: tuple[int, ...], kind: TileKind, normalise: bool, xp, repeat: bool = True
+    tile,
+    shape: tuple[int, ...],
+    kind: TileKind,
+    normalise: bool,
+    xp,
+    repeat: bool = True,
+    fan: str = "in",
 ):
     """Makes a weight in Flax's layout from a decoded tile.
 
@@ -119,6 +129,7 @@ def weight_from_tile(
       xp: `numpy` or `jax.numpy`.
       repeat: whether a weight with more inputs than the tile has repeats it (B.1); without, it has
         as many rows as there are.
+      fan: see `weight_scale`.
 
     Returns:
       (in, out) for linear layers, (height, width, in, out) for convolutions, where depthwise ones
@@ -136,7 +147,7 @@ def weight_from_tile(
             w = w.reshape(kind.height, kind.width, shape[1], shape[0])
         elif kind.decoder == "kernel":
             w = w[0]
-    return w * xp.asarray(weight_scale(shape), w.dtype) if normalise else w
+    return w * xp.asarray(weight_scale(shape, fan), w.dtype) if normalise else w
 
 
 def squash(tiles, kind: TileKind, xp):
@@ -154,7 +165,14 @@ def squash(tiles, kind: TileKind, xp):
 
 
 def tile_tensors(
-    primitive: str, shape, kind: TileKind, tile, normalise: bool, xp, repeat: bool = True
+    primitive: str,
+    shape,
+    kind: TileKind,
+    tile,
+    normalise: bool,
+    xp,
+    repeat: bool = True,
+    fan: str = "in",
 ) -> dict[str, Tensor]:
     """A parameter's tensors, made from its tile.
 
@@ -165,6 +183,7 @@ def tile_tensors(
       normalise: scale weights as § 4.1 does.
       xp: `numpy` or `jax.numpy`.
       repeat: see `weight_from_tile`.
+      fan: see `weight_scale`.
 
     Returns:
       {'kernel': (in, out) or (height, width, in, out)}, {'embedding': (height, width, channels)},
@@ -180,15 +199,17 @@ def tile_tensors(
             }
         return {"bias": tile_axis(tile[1], 0, shape[0], xp)}
     leaf = "embedding" if kind.decoder == "position" else "kernel"
-    return {leaf: weight_from_tile(tile, shape, kind, normalise, xp, repeat)}
+    return {leaf: weight_from_tile(tile, shape, kind, normalise, xp, repeat, fan)}
 
 
-def node_tensors(graph: Graph, node: int, tile, normalise: bool, xp) -> dict[str, Tensor]:
+def node_tensors(
+    graph: Graph, node: int, tile, normalise: bool, xp, fan: str = "in"
+) -> dict[str, Tensor]:
     """The tensors of a node, from its tile as `decoder.Decoder` returns it; see `tile_tensors`."""
     primitive, shape = PRIMITIVES[graph.primitives[node]], graph.param_shapes[node]
     kind = tile_kind(graph, node)
     tile = squash(tile, kind, xp) if normalise else tile
-    return tile_tensors(primitive, shape, kind, tile, normalise, xp)
+    return tile_tensors(primitive, shape, kind, tile, normalise, xp, fan=fan)
 
 
 def named_tree(graph: Graph, tensors: dict[int, dict[str, Tensor]]) -> dict:

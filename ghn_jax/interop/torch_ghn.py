@@ -33,6 +33,8 @@ _CONFIG: dict[str, type | tuple[type, ...]] = {
     "hid": int,
 }
 _ENCODERS, _DECODERS = ("gatedgnn", "mlp"), ("conv", "mlp")  # that the authors' code has
+# Fields of which the authors' code, as released, has one value only.
+_ONLY = {"fan": "in", "shape_encoding": True, "stack": 1, "rounds": 1, "forward_only": False}
 VIRTUAL_EDGES = 50  # s^(max) of every released checkpoint; their config only says whether
 
 
@@ -255,6 +257,9 @@ def save_torch_ghn(ghn: GHN, variables, path: str | Path, *, epoch: int = 0) -> 
     path = Path(path)
     if path.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"cannot save to {path.name!r}; allowed suffixes: .pt, .safetensors")
+    ablated = {f: getattr(ghn, f) for f, value in _ONLY.items() if getattr(ghn, f) != value}
+    if ablated:
+        raise ValueError(f"the authors' code has no hypernetwork with {ablated}; allowed: {_ONLY}")
     if ghn.encoder not in _ENCODERS or ghn.decoder not in _DECODERS:
         raise ValueError(
             f"the authors' code has no encoder {ghn.encoder!r} with a decoder {ghn.decoder!r}; "

@@ -155,6 +155,45 @@ def search_curves(results: Sequence[Mapping], path: str | os.PathLike | None = N
     return save(picture, path)
 
 
+def architecture_curves(
+    results: Sequence[Mapping], path: str | os.PathLike | None = None
+) -> Figure:
+    """Draws Fig. 3: accuracy against the number of training architectures.
+
+    Args:
+      results: mappings with `count`, `meta_batch`, `train_top1` and, of unseen networks in and out
+        of the training distribution, mean accuracies `id` and `ood`; either may be missing.
+      path: where to save the picture, .png or .pdf; None: nowhere.
+
+    Raises:
+      ValueError: another suffix, or no results.
+      FileNotFoundError: the folder of `path` does not exist.
+    """
+    path = check_path(path)
+    if not results:
+        raise ValueError("there are no results to draw")
+    picture = canvas(9.0, 3.6)
+    picture.set_layout_engine("constrained")
+    panels = picture.subplots(1, 2)
+    lines = (("train_top1", 0, "-", ""), ("id", 1, "-", ", ID"), ("ood", 1, "--", ", OOD"))
+    for i, size in enumerate(dict.fromkeys(r["meta_batch"] for r in results)):
+        for key, panel, style, kind in lines:
+            mine = sorted((r["count"], r[key]) for r in results
+                          if r["meta_batch"] == size and key in r)  # fmt: skip
+            if mine:
+                panels[panel].plot(
+                    *zip(*mine, strict=True), style, color=_COLORS[1 + i], marker="o",
+                    markersize=3, linewidth=1.4, label=f"$b_m$ = {size}{kind}",
+                )  # fmt: skip
+    for axes, label in zip(panels, ("training accuracy", "accuracy, unseen networks"), strict=True):
+        axes.set_xscale("log")
+        axes.set(xlabel="training architectures", ylabel=label)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        tidy(axes)
+        axes.legend(frameon=False, fontsize=8)
+    return save(picture, path)
+
+
 def pareto_front(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
     """Indices of the networks that none is at once cheaper than and better than, by cost."""
     order = np.lexsort((-score, cost))

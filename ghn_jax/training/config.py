@@ -37,6 +37,7 @@ class SpaceConfig:
     nets: Path | None = (
         None  # file to take architectures from: DeepNets-1M's HDF5, or JSON, name -> one
     )
+    training_architectures: int | None = None  # how many there are (Fig. 3); default: no end
     meta_batch: int = 8  # architectures in an update (b_m, § 4.3)
     widths: tuple[int, ...] = RULES["train"].widths  # initial channels to choose from
     fc_dims: tuple[int, ...] = RULES["train"].fc_dims  # hidden classifier widths to choose from
@@ -63,12 +64,22 @@ class SpaceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The hypernetwork (§ 4, B)."""
+    """The hypernetwork (§ 4, B); the attributes of `hypernet.ghn.GHN`."""
 
     init: Path | None = None  # hypernetwork to go on from: a folder; its options are taken, too
+    encoder: str = "gatedgnn"  # or mlp: no messages between nodes
+    decoder: str = "conv"  # or mlp: that of vanilla GHNs
     tile_channels: int = 64  # channels of the largest kernel that the decoder makes (C of B.1)
+    tile_inputs: int | None = None  # its input channels; default: as many
     virtual_edges: int = 50  # longest virtual edge (s^(max), Eq. 4); 1 for none
     virtual_includes_real: bool = False  # as the authors' code, to exchange weights with it
+    normalise: bool = True  # predicted parameters (§ 4.1)
+    fan: str = "in"  # what normalisation divides by, or out
+    layer_norm: bool = True  # of node states
+    shape_encoding: bool = True  # of parameters, in node states
+    stack: int = 1  # encoders one after another
+    rounds: int = 1  # sweeps in each direction (T of Eq. 3)
+    forward_only: bool = False  # no sweeps backwards (π of Eq. 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +128,7 @@ class TrainConfig:
     """All options of `ghn-train`."""
 
     preset: str = "ghn2"  # ghn2, ghn1, mlp (the paper's models), or demo (16x16 images, minutes)
+    ablation: str | None = None  # a row of Tables 5 and 8 that changes the preset, see ablations.py
     data: DataConfig = DataConfig()
     space: SpaceConfig = SpaceConfig()
     model: ModelConfig = ModelConfig()
@@ -138,6 +150,14 @@ class TrainConfig:
                 groups[field.name] = dataclasses.replace(group, **changes)
         return dataclasses.replace(self, **groups, **options)
 
+    def options(self) -> dict[str, Any]:
+        """All options by name, whatever their groups."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            found |= vars(value) if dataclasses.is_dataclass(value) else {field.name: value}
+        return found
+
     def describe(self) -> dict[str, Any]:
         """The options as JSON-ready data, without which of the processes this one is."""
         described = json.loads(json.dumps(dataclasses.asdict(self), default=str))
@@ -146,20 +166,20 @@ class TrainConfig:
         return described
 
     def ghn(self, task: Task) -> ghn.GHN:
-        """The preset's hypernetwork, for networks of a task."""
+        """The hypernetwork, for networks of a task.
+
+        Raises:
+          ValueError: a choice that there is not.
+        """
         # S of B.1: the largest kernel, or the grid of attention's patches.
         kernel = 16 if task.large else max(7, task.image_size // 3 + 1)
-        channels = self.model.tile_channels
-        max_shape = (channels, channels, kernel, kernel)
-        if self.preset == "ghn1":
-            return ghn.ghn1(task.num_classes, max_shape=max_shape)
-        make = ghn.mlp_baseline if self.preset == "mlp" else ghn.GHN
-        return make(
-            task.num_classes,
-            virtual_edges=self.model.virtual_edges,
-            virtual_includes_real=self.model.virtual_includes_real,
-            max_shape=max_shape,
-        )
+        model = dataclasses.asdict(self.model)
+        del model["init"]
+        channels, inputs = model.pop("tile_channels"), model.pop("tile_inputs")
+        max_shape = (channels, inputs or channels, kernel, kernel)
+        made = ghn.GHN(task.num_classes, max_shape, **model)
+        ghn.check_choices(made)
+        return made
 
 
 def ghn2() -> TrainConfig:
@@ -178,7 +198,9 @@ def ghn1() -> TrainConfig:
     Command: `ghn-train --preset ghn1 --data-dir DIR --out runs/ghn1`. The authors: 51.4% on `test`.
     Not yet run in full here.
     """
-    return TrainConfig("ghn1").replace(meta_batch=1, virtual_edges=1, out=Path("runs/ghn1"))
+    return TrainConfig("ghn1").replace(
+        meta_batch=1, virtual_edges=1, normalise=False, layer_norm=False, out=Path("runs/ghn1")
+    )
 
 
 def mlp() -> TrainConfig:
@@ -187,7 +209,7 @@ def mlp() -> TrainConfig:
     Command: `ghn-train --preset mlp --data-dir DIR --out runs/mlp`. The authors: 42.2% on `test`.
     Not yet run in full here.
     """
-    return TrainConfig("mlp").replace(meta_batch=1, out=Path("runs/mlp"))
+    return TrainConfig("mlp").replace(meta_batch=1, encoder="mlp", out=Path("runs/mlp"))
 
 
 def demo() -> TrainConfig:

@@ -88,9 +88,18 @@ def _tile_shape(ghn: GHN, kind: TileKind) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Parameters as `TilePrograms.decode` gives them, one tile each; see `engine.Tensors`."""
+    """Parameters as `TilePrograms.decode` gives them, one tile each; see `engine.Tensors`.
 
-    ghn: GHN
+    Equal for hypernetworks whose tiles are used in the same way: they share networks' programs.
+    """
+
+    ghn: GHN = dataclasses.field(compare=False)
+    used: tuple = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        ghn = self.ghn
+        used = ghn.max_shape[:2], ghn.num_classes, ghn.normalise, ghn.fan
+        object.__setattr__(self, "used", used)
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
@@ -104,11 +113,11 @@ class Tiles:
 
     def tensors(self, unit: Unit, params: Arrays) -> Arrays:
         """See `engine.Tensors`; weights that repeat the classifier's inputs are left short."""
-        repeat, normalise = not isinstance(unit, Classifier), self.ghn.normalise
+        repeat, ghn = not isinstance(unit, Classifier), self.ghn
         return tuple(
             tensor
             for p, kind, tile in zip(unit.parameters, self._kinds(unit), params, strict=True)
-            for tensor in tile_tensors(*p, kind, tile, normalise, jnp, repeat).values()
+            for tensor in tile_tensors(*p, kind, tile, ghn.normalise, jnp, repeat, ghn.fan).values()
         )
 
 

@@ -22,11 +22,13 @@ from ghn_jax.deepnets1m.reader import DeepNets1M, read_architectures
 from ghn_jax.deepnets1m.sampling import sample_architecture, seeded
 from ghn_jax.engine.compilation import CompilationCounter
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
+from ghn_jax.hypernet.ghn import GHN, count_parameters
 from ghn_jax.training.config import TrainConfig
 from ghn_jax.training.mesh import ARCH, DATA, make_mesh, parse_mesh
 from ghn_jax.training.meta_batch import MetaBatch, Stream
 from ghn_jax.training.update import MetaStep, Metrics, TrainState, Update
 
+MOST_PARAMETERS = 10**9  # of a hypernetwork: 20 GB with its gradients and Adam's state
 _AHEAD = 4  # updates that architectures come ahead by, so that what is new gets compiled meanwhile
 
 
@@ -40,12 +42,17 @@ def check(config: TrainConfig) -> None:
         "epochs": data.epochs, "batch_size": data.batch_size, "meta_batch": space.meta_batch,
         "save_every": run.save_every, "workers": run.workers, "max_nodes": space.max_nodes,
         "graph_nodes": space.graph_nodes, "tile_channels": config.model.tile_channels,
+        "steps": data.steps, "tile_inputs": config.model.tile_inputs,
+        "training_architectures": space.training_architectures,
     }  # fmt: skip
-    if data.steps is not None:
-        counts["steps"] = data.steps
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
+    if space.nets is not None and space.training_architectures is not None:
+        raise ValueError(
+            f"--training-architectures is {space.training_architectures}, but all of --nets "
+            f"{space.nets} are trained on; leave one out"
+        )
     shape = make_mesh().shape
     for axis, size in (parse_mesh(run.mesh) if run.mesh else {}).items():
         if shape[axis] != size:
@@ -76,8 +83,13 @@ def check(config: TrainConfig) -> None:
 def architecture_source(config: TrainConfig, image_size: int) -> Callable[[int], Architecture]:
     """Position of the stream -> architecture: generated, or from a file."""
     rules, seed = config.space.rules(image_size), config.run.seed
+
+    def generated(position: int) -> Architecture:
+        return sample_architecture("train", seed, position, rules=rules)
+
     if config.space.nets is None:
-        return lambda position: sample_architecture("train", seed, position, rules=rules)
+        count = config.space.training_architectures
+        return generated if count is None else _shuffled(generated, count, seed)
     if config.space.nets.suffix == ".json":
         few = list(read_architectures(config.space.nets).values())
         return lambda position: few[position % len(few)]
@@ -85,9 +97,7 @@ def architecture_source(config: TrainConfig, image_size: int) -> Callable[[int],
         config.space.nets, "train", image_size=image_size, rules=rules, seed=seed
     )
 
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return seeded("order of nets", seed, epoch).permutation(len(nets))
+    order = _orders(len(nets), seed)
 
     def from_file(position: int) -> Architecture:
         # Every pass over the file in an order and with widths of its own.
@@ -95,6 +105,40 @@ def architecture_source(config: TrainConfig, image_size: int) -> Callable[[int],
         return nets.architecture(int(order(epoch)[place]), seed=seed + epoch)
 
     return from_file
+
+
+def _orders(count: int, seed: int) -> Callable[[int], np.ndarray]:
+    """Pass over so many architectures -> their order."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return seeded("order of nets", seed, epoch).permutation(count)
+
+    return order
+
+
+def _shuffled(
+    architecture: Callable[[int], Architecture], count: int, seed: int
+) -> Callable[[int], Architecture]:
+    """The first architectures of a stream again and again, every pass in another order (Fig. 3)."""
+    order, known = _orders(count, seed), functools.lru_cache(maxsize=1000)(architecture)
+
+    def one(position: int) -> Architecture:
+        epoch, place = divmod(position, count)
+        return known(int(order(epoch)[place]))
+
+    return one
+
+
+def _check_size(ghn: GHN) -> None:
+    """Raises ValueError for a hypernetwork of more parameters than can be trained."""
+    count = count_parameters(ghn)
+    if count > MOST_PARAMETERS:
+        raise ValueError(
+            f"the hypernetwork has {count:,} parameters, which take {20 * count / 1e9:.0f} GB with "
+            f"Adam's state and gradients; allowed: up to {MOST_PARAMETERS:,}. Use --decoder conv "
+            "or fewer --tile-channels"
+        )
 
 
 class Run(NamedTuple):
@@ -134,6 +178,7 @@ def setup(config: TrainConfig, images: Images) -> Run:
                 f"--init is {config.model.init}, a hypernetwork for {ghn.num_classes} classes, but "
                 f"{images.name} has {images.num_classes}"
             )
+    _check_size(ghn)
     per_epoch = steps_per_epoch(images, config.data.batch_size)
     # A CPU that is one device runs several networks at once.
     shared = jax.default_backend() == "cpu" and mesh.shape[DATA] == 1

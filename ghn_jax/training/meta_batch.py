@@ -22,6 +22,7 @@ from ghn_jax.training.decoding import Chunk, make_chunks
 # code; of more architectures, with more than so many for every 8.
 MAX_BATCH_NODES = 2200
 
+_LARGE = 100  # meta-batches in a row that are passed over before it is an error
 _STEPS = 64  # the number of a sweep's steps is rounded up to a multiple of this
 
 
@@ -160,7 +161,7 @@ class Stream:
 
     def batches(self, start: int) -> Iterator[MetaBatch]:
         """Meta-batches from a position of the stream on."""
-        position = start
+        position, large = start, 0
         while True:
             architectures = [self.architecture(position + i) for i in range(self.size)]
             position += self.size
@@ -173,4 +174,11 @@ class Stream:
                 position=position,
             )
             if batch.nodes <= self.max_nodes * -(-self.size // 8):
+                large = 0
                 yield batch
+            elif (large := large + 1) == _LARGE:
+                raise ValueError(
+                    f"{large} meta-batches of {self.size} architectures in a row have more nodes "
+                    f"than --max-nodes {self.max_nodes} allows, the last one {batch.nodes}; raise "
+                    "it, or train on smaller or more architectures"
+                )
