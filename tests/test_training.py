@@ -3,9 +3,15 @@
 import dataclasses
 import itertools
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +24,7 @@ from ghn_jax.cli import train
 from ghn_jax.data.images import load_images, train_batches
 from ghn_jax.deepnets1m.architecture import Architecture, Genotype
 from ghn_jax.deepnets1m.network import Network
+from ghn_jax.deepnets1m.reader import read_architectures
 from ghn_jax.deepnets1m.sampling import RULES, sample_architecture
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.deepnets1m.wiring import wire
@@ -25,7 +32,7 @@ from ghn_jax.engine.compilation import CompilationCounter
 from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.plan import make_plan
 from ghn_jax.engine.programs import Programs
-from ghn_jax.hypernet.checkpoint import load_ghn, save_ghn
+from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn, save_ghn
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.hypernet.padding import pad_graphs
 from ghn_jax.training import loop
@@ -33,6 +40,8 @@ from ghn_jax.training.config import preset
 from ghn_jax.training.mesh import make_mesh
 from ghn_jax.training.meta_batch import Stream, make_meta_batch
 from ghn_jax.training.meta_loss import meta_loss
+from ghn_jax.training.run_folder import lock
+from ghn_jax.training.stopping import Stopped
 from ghn_jax.training.update import MetaStep
 
 GHN_ = GHN(max_shape=(16, 16, 11, 11), virtual_includes_real=True)
@@ -309,26 +318,40 @@ def test_large_meta_batches_are_passed_over():
 
 
 def config(out, tmp_path, **changes):
-    return preset("demo").replace(
-        out=out, batch_size=BATCH, meta_batch=2, save_every=2, cache_dir=tmp_path / "cache",
-        **changes,
-    )  # fmt: skip
+    options = {"batch_size": BATCH, "meta_batch": 2, "save_every": 2, **changes}
+    return preset("demo").replace(out=out, cache_dir=tmp_path / "cache", **options)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, digits):
-    """A run of four updates, and one that stops after two and is resumed."""
+    """A run of four updates, and one that a signal stops on its way and that is resumed."""
     folder = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()
     patch.setattr(loop, "architecture_source", lambda *_: lambda i: ARCHITECTURES[i % 4])
     loop.train(config(folder / "whole", folder, steps=4), digits)
-    loop.train(config(folder / "parts", folder, steps=2), digits)
+    with patch.context() as signalled:
+        signalled.setattr(loop, "Log", LogWithASignal)
+        with pytest.raises(Stopped) as stopped:
+            loop.train(config(folder / "parts", folder, steps=4, save_every=100), digits)
+    assert stopped.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    done = Checkpoints(folder / "parts").latest()
+    assert done == len(records(folder / "parts")) < 4
     # Of an update that was interrupted before its checkpoint.
     with (folder / "parts" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 99.0, "top1": 0.0}\n{"step": 4, "lo')
+        file.write(f'{{"step": {done + 1}, "loss": 99.0, "top1": 0.0}}\n{{"step": {done + 2}, "lo')
     loop.train(config(folder / "parts", folder, steps=4, resume=True), digits)
     patch.undo()
     return folder
+
+
+class LogWithASignal(loop.Log):
+    """The machine is taken away while the second update is made."""
+
+    def update(self, step, *args):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().update(step, *args)
 
 
 def records(folder):
@@ -359,7 +382,8 @@ def test_resumed_is_uninterrupted(runs):
 
 
 def files(folder):
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    found = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {path: content for path, content in found.items() if path.name != "run.lock"}
 
 
 @pytest.mark.parametrize(
@@ -417,10 +441,96 @@ def test_a_run_is_not_overwritten(runs):
 
 def test_a_run_of_another_hypernetwork_is_not_resumed(runs, digits):
     before = files(runs / "whole")
-    other = config(runs / "whole", runs, steps=6, resume=True, virtual_edges=1)
+    other = config(runs / "whole", runs, steps=6, resume=True, virtual_edges=5, seed=3)
+    message = r"started with --virtual-edges 50 \(now 5\), --seed 0 \(now 3\); leave .* --override"
+    with pytest.raises(ValueError, match=message):
+        loop.check(other)
+    other = other.replace(override=True, tile_channels=8)
+    loop.check(other)
     with pytest.raises(ValueError, match="does not fit the module"):
         loop.train(other, digits)
     assert files(runs / "whole") == before
+
+
+def test_a_run_goes_on_with_the_options_that_it_was_started_with(runs, digits, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "whole", run)
+    given = train.parse(["--resume", "--out", str(run), "--steps", "6"])
+    before = config(runs / "whole", runs, steps=6, resume=True)
+    assert given == before.replace(out=run)
+    loop.check(given)
+    assert train.parse(["--resume", "auto", "--out", str(run)]).run.resume
+    fresh = train.parse(["--out", str(tmp_path / "new"), "--preset", "demo", "--resume", "auto"])
+    assert fresh == preset("demo").replace(out=tmp_path / "new")
+    changed = given.replace(override=True, learning_rate=0.5)
+    with closing(loop.setup(changed, digits).step):
+        kept = Checkpoints(run).config()
+    assert kept["changes"] == [{"updates": 4, "options": {"learning_rate": [0.001, 0.5]}}]
+    assert kept["training"]["learning_rate"] == 0.5
+    loop.check(train.parse(["--resume", "--out", str(run)]))
+
+
+def test_updates_that_stay_not_finite_end_the_run(digits, tmp_path, monkeypatch):
+    """It goes back to the good checkpoint once, and keeps it."""
+    monkeypatch.setattr(loop, "architecture_source", lambda *_: lambda i: ARCHITECTURES[i % 2])
+    monkeypatch.setattr(loop, "BAD_IN_A_ROW", 2)
+    went_back, go_back = [], loop._go_back
+    monkeypatch.setattr(
+        loop, "_go_back", lambda run, position: went_back.append(position) or go_back(run, position)
+    )
+    out = tmp_path / "run"
+    # The first update is finite, and its parameters are beyond all that a network can have.
+    bad = config(out, tmp_path, steps=8, learning_rate=1e30, save_every=1)
+    with pytest.raises(FloatingPointError, match="not finite.* that of update 1 is kept") as error:
+        loop.train(bad, digits)
+    assert "\n" not in str(error.value)
+    assert Checkpoints(out).latest() == 1
+    assert went_back == [6]
+    found = [json.loads(line) for line in (out / loop.BAD_UPDATES).read_text().splitlines()]
+    assert [r["step"] for r in found] == [2, 3, 2, 3]
+    assert len(read_architectures(_nets(tmp_path, found[0]["architectures"]))) == 2
+    assert [r["loss"] is None for r in records(out)] == [False, True, True]
+
+
+def _nets(folder, architectures):
+    path = folder / "bad.json"
+    path.write_text(json.dumps(architectures))
+    return path
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    source = (
+        "import sys, time; from pathlib import Path; from ghn_jax.training.run_folder import lock\n"
+        "with lock(Path(sys.argv[1])): print('mine', flush=True); time.sleep(100)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", source, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        who = rf"in use by process {other.pid} on .*; wait until it has ended, or"
+        with pytest.raises(ValueError, match=who), lock(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+        with lock(tmp_path):  # of a process that is gone
+            assert str(os.getpid()) in (tmp_path / "run.lock.owner").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        ("learning_rate", (0, -1, np.nan, np.inf), "allowed: numbers above 0"),
+        ("clip", (0, np.nan), "allowed: numbers above 0"),
+        ("decay", (0, np.inf), "allowed: numbers above 0"),
+        ("save_minutes", (0, np.nan), "allowed: numbers above 0"),
+        ("weight_decay", (-1e-9, np.nan, np.inf), "allowed: 0 or more"),
+        ("label_smoothing", (-0.1, 1.0, np.nan), "allowed: 0 to below 1"),
+    ],
+)
+def test_numbers_that_no_training_works_with(option, values, message, tmp_path):
+    for value in values:
+        with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} is {value}; {message}"):
+            loop.check(config(tmp_path, tmp_path, **{option: value}))
 
 
 def test_options_change_the_preset():

@@ -27,7 +27,7 @@ def command(name: str, main: Callable[[Sequence[str]], None]) -> Callable[[], No
     def run() -> None:
         try:
             main(sys.argv[1:])
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             sys.exit(f"{name}: {error}")
         except ModuleNotFoundError as error:
             if error.name not in _EXTRAS:

@@ -5,7 +5,9 @@ r"""Trains a graph hypernetwork (paper Eq. 2, § 5.1).
 Every option of the preset can be changed on the command line; `--ablation NAME` changes it as a row
 of the paper's Tables 5 and 8 does (`ghn_jax/training/ablations.py`). `runs/x/metrics.jsonl` gets
 one object for each update, `runs/x/checkpoints` the model, the optimizer and the position in the
-images and architectures; `--resume` goes on exactly where the last checkpoint was.
+images and architectures; `--resume` goes on exactly where the last checkpoint was, with the options
+that the run was started with, and `--resume auto` starts where there is nothing to go on with.
+SIGTERM and Ctrl-C end a run after the update in work, saved, with exit code 75.
 
 All devices share the work: `--mesh arch=4,data=2` divides the architectures of an update between
 four processes, which are started here, and the images between the two devices of each. On several
@@ -20,6 +22,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import tyro
 
@@ -27,6 +30,7 @@ from ghn_jax.cli import command
 from ghn_jax.data.images import load_images
 from ghn_jax.engine.compilation import keep_programs
 from ghn_jax.engine.memory import keep_memory
+from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.training.ablations import ABLATIONS, ablate, check_ablation
 from ghn_jax.training.config import PRESETS, TrainConfig, preset
 from ghn_jax.training.launch import rows_here, start_rows
@@ -42,13 +46,17 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     tyro's own presets are subcommands (`ghn-train ghn2 ...`); as options, preset and ablation are
     read first, because the defaults of all others are theirs.
     """
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="ghn2")
     first.add_argument("--ablation")
-    given = first.parse_known_args(arguments)[0]
+    first.add_argument("--out", type=Path)
+    given, _ = first.parse_known_args(arguments)
     default = before = preset(given.preset)
     if given.ablation is not None:
         default = ablate(given.ablation, before)
+    found, arguments = _found_run(given.out or default.run.out, arguments)
+    if found is not None:
+        default, before = found, preset(found.preset)
     config = tyro.cli(
         TrainConfig,
         prog=PROG,
@@ -62,6 +70,25 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     )
     check_ablation(config, before)
     return config
+
+
+def _found_run(out: Path, arguments: Sequence[str]) -> tuple[TrainConfig | None, Sequence[str]]:
+    """Where `--resume` finds a run, its options, which are the defaults; and the other arguments.
+
+    `--resume auto` becomes `--resume` where there is a run to go on with, and else nothing.
+    """
+    if "--resume" not in arguments:
+        return None, arguments
+    at = list(arguments).index("--resume")
+    auto = list(arguments[at + 1 : at + 2]) == ["auto"]
+    checkpoints = Checkpoints(out)
+    there = checkpoints.latest() is not None
+    flag = ["--resume"] if there or not auto else []
+    arguments = [*arguments[:at], *flag, *arguments[at + 1 + auto :]]
+    if not there:
+        return None, arguments
+    found = TrainConfig.read(checkpoints.config()["training"])
+    return found.replace(out=out, resume=False, override=False), arguments
 
 
 def main(arguments: Sequence[str]) -> None:

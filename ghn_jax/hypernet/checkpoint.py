@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
+import logging
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -188,35 +191,37 @@ class Checkpoints:
           ValueError: a tree's names, shapes or types are not those expected, or all checkpoints
             are damaged.
         """
+        self._finish()
         if self.latest() is None:
             raise FileNotFoundError(
                 f"{self.path} holds no checkpoint; give a folder written by training or by save_ghn"
             )
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        problem = None
+        problem = ""
         with self._open() as checkpointer:
             for step in sorted((c.step for c in checkpointer.checkpoints), reverse=True):
-                try:
-                    found = self._load(checkpointer, step, sharding, like)
-                except Exception as error:  # damage comes out of Orbax as any of a dozen kinds
-                    if problem is None:
-                        problem = step, error
-                    continue
-                if problem is not None:
-                    warnings.warn(
-                        f"checkpoint {problem[0]} in {self.path} is damaged "
-                        f"({_first_line(problem[1])}); going on from checkpoint {step}",
-                        stacklevel=3,
+                with _quiet():
+                    try:
+                        found = self._load(checkpointer, step, sharding, like)
+                    except _Misfit as error:
+                        misfit, damage = error, str(error)
+                    except Exception as error:  # damage comes out of Orbax as any of many kinds
+                        misfit, damage = None, _first_line(error)
+                    else:
+                        break
+                    gc.collect()  # what Orbax has left waiting says so when it is dropped
+                if not problem:
+                    problem, first = (
+                        f"checkpoint {step} in {self.path} is damaged ({damage})",
+                        misfit,
                     )
-                return found
-        assert problem is not None
-        step, error = problem
-        if isinstance(error, _Misfit):
-            raise error
-        raise ValueError(
-            f"checkpoint {step} in {self.path} is damaged ({_first_line(error)}), and none before "
-            "it can be read; restore the folder from a copy"
-        ) from None
+            else:
+                raise first or ValueError(
+                    f"{problem}, and none before it can be read; restore the folder from a copy"
+                )
+        if problem:
+            warnings.warn(f"{problem}; going on from checkpoint {step}", stacklevel=3)
+        return found
 
     def _load(self, checkpointer, step: int, sharding, like: dict[str, Any]):
         metadata = checkpointer.checkpointables_metadata(step)
@@ -253,6 +258,22 @@ def _digest(step: int, position: int, tree: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What Orbax's threads print of a damaged checkpoint is left out: it is told in a sentence."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.excepthook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.excepthook = lambda *_: None
+    try:
+        yield
+    finally:
+        sys.excepthook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,9 +112,13 @@ class RunConfig:
     """Where and how training runs."""
 
     out: Path = Path("runs/ghn2")  # folder for checkpoints and metrics.jsonl
-    resume: bool = False  # go on from the last checkpoint in `out`
+    resume: bool = (
+        False  # go on from the last checkpoint in `out`; `--resume auto`: if there is one
+    )
+    override: bool = False  # go on with other options than the run was started with
     seed: int = 0  # of parameters, images, architectures and dropout
-    save_every: int = 200  # updates between checkpoints
+    save_every: int = 200  # updates between checkpoints, at most
+    save_minutes: float = 5.0  # minutes between checkpoints, at most
     workers: int = 2  # architectures that run at once on a CPU, where it is one device
     mesh: str | None = None  # arch=ROWS,data=COLUMNS of devices; default: all on arch
     coordinator: str | None = None  # HOST:PORT of process 0, or auto (Slurm, MPI, GKE, Cloud TPU)
@@ -121,6 +126,16 @@ class RunConfig:
     num_processes: int | None = None  # how many there are
     cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs are kept here between runs
     dtype: Literal["float32", "bfloat16"] = "float32"  # of networks' activations
+
+
+_PATHS = ("nets", "init", "out", "cache_dir")  # options that are of type Path
+
+
+def _typed(value: Any, option: str) -> Any:
+    """What JSON has made a string or a list of."""
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if option in _PATHS and value is not None else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +174,27 @@ class TrainConfig:
         return found
 
     def describe(self) -> dict[str, Any]:
-        """The options as JSON-ready data, without which of the processes this one is."""
-        described = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        """All options by name, JSON-ready, without which of the processes this one is."""
+        described = json.loads(json.dumps(self.options(), default=str))
         for name in ("coordinator", "process_id", "num_processes"):
-            del described["run"][name]
+            del described[name]
         return described
+
+    @classmethod
+    def read(cls, described: Mapping[str, Any]) -> TrainConfig:
+        """The configuration that `describe` has described; what is not there is the preset's.
+
+        Raises:
+          ValueError: it describes options that there are not.
+        """
+        base = preset(described["preset"])
+        flat: dict[str, Any] = {}
+        for name, value in described.items():  # at first, options were in their groups
+            flat |= value if isinstance(value, dict) else {name: value}
+        known = base.options()
+        if unknown := sorted(set(flat) - set(known)):
+            raise ValueError(f"there is no option {unknown[0]!r} in this version")
+        return base.replace(**{name: _typed(value, name) for name, value in flat.items()})
 
     def ghn(self, task: Task) -> ghn.GHN:
         """The hypernetwork, for networks of a task.

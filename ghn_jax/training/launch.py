@@ -1,7 +1,8 @@
 """Starts the processes of a machine's rows of the mesh: one command for a node of eight GPUs.
 
 Each process sees only the devices of its row. The first one shows the progress; if one fails, the
-others are stopped, and its exit code is the command's.
+others are stopped, and its exit code is the command's. SIGTERM and Ctrl-C are handed on: all rows
+stop after the same update.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import jax
 
 from ghn_jax.training.mesh import ARCH, DATA, mesh_shape, parse_mesh
+from ghn_jax.training.stopping import STOPPED
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _STARTED = "GHN_JAX_STARTED"  # set in processes that were started here
@@ -103,17 +105,28 @@ def start_rows(
             *("--num-processes", str(rows * machines)),
         ]
         command = [sys.executable, sys.argv[0], *arguments, *options]
-        processes.append(subprocess.Popen(command, env=_environment(row, columns)))
+        # Signals of the terminal come to this process alone, and from here to each row once.
+        processes.append(
+            subprocess.Popen(command, env=_environment(row, columns), start_new_session=True)
+        )
+
+    def hand_on(number: int, frame) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         while True:
             codes = [process.poll() for process in processes]
-            failed = [code for code in codes if code]
-            if failed or None not in codes:
-                return abs(failed[0]) if failed else 0
+            failed = [code for code in codes if code not in (None, 0, STOPPED)]
+            if failed:
+                return abs(failed[0])
+            if None not in codes:
+                return max(codes)
             time.sleep(0.1)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for process in processes:
             process.terminate()
         for process in processes:

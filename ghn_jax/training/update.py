@@ -31,6 +31,7 @@ from ghn_jax.training.decoding import TilePrograms, Tiles
 from ghn_jax.training.mesh import ARCH, make_mesh
 from ghn_jax.training.meta_batch import MetaBatch
 from ghn_jax.training.meta_loss import cross_entropy
+from ghn_jax.training.stopping import NOTHING
 
 
 class TrainState(NamedTuple):
@@ -49,12 +50,14 @@ class Metrics(NamedTuple):
       top1: fraction of images classified right.
       grad_norm: global norm of the gradient before clipping.
       applied: whether all numbers were finite; otherwise the update was passed over.
+      request: the most that a process asked for; see `stopping.py`.
     """
 
     loss: jax.Array
     top1: jax.Array
     grad_norm: jax.Array
     applied: jax.Array
+    request: jax.Array
 
 
 class Update(NamedTuple):
@@ -281,24 +284,34 @@ class MetaStep:
         where = NamedSharding(self.mesh, P(ARCH))
         return jax.make_array_from_single_device_arrays(shape, where, copies)
 
-    def _apply_gradient(self, state: TrainState, totals: jax.Array, gradient: jax.Array):
-        """Adds up (rows, 2) and (rows, P), and updates."""
+    def _apply_gradient(
+        self, state: TrainState, totals: jax.Array, gradient: jax.Array, requests: jax.Array
+    ):
+        """Adds up (rows, 2) and (rows, P), and updates; (rows,) requests."""
         loss, top1 = totals.sum(0)
         grads = ravel_pytree(state.params)[1](gradient.sum(0))
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # Architectures whose loss is not finite are passed over: nothing of them is kept.
+        # What is not finite is passed over, whatever made it so: nothing of it is kept.
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        for leaf in jax.tree.leaves((params, opt_state)):
+            finite &= jnp.isfinite(leaf).all()
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        return TrainState(params, opt_state, state.step + 1), Metrics(loss, top1, norm, finite)
+        metrics = Metrics(loss, top1, norm, finite, requests.max())
+        return TrainState(params, opt_state, state.step + 1), metrics
 
     def __call__(
-        self, state: TrainState, update: Update, images: jax.Array, labels: jax.Array
+        self,
+        state: TrainState,
+        update: Update,
+        images: jax.Array,
+        labels: jax.Array,
+        request: int = NOTHING,
     ) -> tuple[TrainState, Metrics]:
         """One update.
 
@@ -307,6 +320,7 @@ class MetaStep:
           update: from `prepare`.
           images: (B, H, W, 3) float32 normalised images, all of them in every process.
           labels: (B,) int32 classes.
+          request: what this process asks all of them for; see `stopping.py`.
 
         Returns:
           The new state, and the update's metrics (arrays on all devices).
@@ -316,4 +330,5 @@ class MetaStep:
         params, step = self._local((state.params, state.step))
         totals, gradient = self.gradient(params, update, images, labels, step)
         total = functools.reduce(jnp.add, totals)
-        return self._apply(state, self._global(total), self._global(gradient))
+        request = jax.device_put(np.int32(request), self.engine.whole)
+        return self._apply(state, *map(self._global, (total, gradient, request)))
