@@ -1,6 +1,7 @@
 """The ablations of Tables 5 and 8: options of hypernetworks and of training, and their names."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,16 @@ from ghn_jax.data.images import load_images
 from ghn_jax.deepnets1m.architecture import Architecture, Genotype
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
-from ghn_jax.engine.programs import Programs
+from ghn_jax.deepnets1m.wiring import wire
+from ghn_jax.engine.plan import make_plan
 from ghn_jax.hypernet.gatedgnn import GatedGNN
 from ghn_jax.hypernet.ghn import GHN, count_parameters
 from ghn_jax.hypernet.padding import pad_graphs
+from ghn_jax.hypernet.tiling import weight_scale
 from ghn_jax.training import loop
 from ghn_jax.training.ablations import ABLATIONS, ablate
 from ghn_jax.training.config import preset
+from ghn_jax.training.decoding import Tiles
 from ghn_jax.training.meta_batch import Stream, make_meta_batch
 from ghn_jax.training.meta_loss import meta_loss
 from ghn_jax.training.update import MetaStep
@@ -55,33 +59,21 @@ def test_exact_numbers_of_parameters():
         assert count_parameters(ablate(name, preset("ghn2")).ghn(Task())) == count
 
 
-@pytest.fixture(scope="module")
-def programs():
-    kept = Programs()
-    yield kept
-    kept.close()
+ALL = {"decoder": "mlp", "shape_encoding": False, "stack": 2, "rounds": 3, "forward_only": True,
+       "fan": "out"}  # fmt: skip
 
 
-# All with fan-out: their networks have the same programs.
-OPTIONS = {
-    "MLP decoder, no shape encoding": {"decoder": "mlp", "shape_encoding": False},
-    "forward only": {"forward_only": True, "layer_norm": False, "virtual_edges": 1},
-    "stacked, three rounds": {"stack": 2, "rounds": 3},
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_an_update_is_the_gradient_of_the_definition(name, programs):
-    ghn = GHN(fan="out", **SMALL, **OPTIONS[name])
+def test_an_update_is_the_gradient_of_the_definition():
+    """With all options at once: each is a part of its own, and none is read where it is not."""
+    ghn = GHN(**SMALL, **ALL)
     labels = np.arange(BATCH, dtype=np.int32)
-    architectures = [ARCH]
-    step = MetaStep(ghn, optax.sgd(1.0), programs=programs)
+    step = MetaStep(ghn, optax.sgd(1.0))
     before = jax.tree.map(np.asarray, step.init(1).params)
     with unit_by_unit():
         loss, grads = jax.value_and_grad(
-            lambda p: meta_loss(ghn, p, architectures, jnp.asarray(IMAGES), labels)
+            lambda p: meta_loss(ghn, p, [ARCH], jnp.asarray(IMAGES), labels)
         )(before)
-    update = step.prepare(make_meta_batch(ghn, architectures, image_size=SIZE), BATCH)
+    update = step.prepare(make_meta_batch(ghn, [ARCH], image_size=SIZE), BATCH)
     after, metrics = step(step.init(1), update, IMAGES, labels)
     step.close()
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
@@ -91,69 +83,67 @@ def test_an_update_is_the_gradient_of_the_definition(name, programs):
         np.testing.assert_allclose(old - new, grad, rtol=1e-3, atol=1e-4 * worst)
 
 
-@pytest.fixture(scope="module")
-def padded():
-    return pad_graphs([GHN(**SMALL).graph(ARCH, image_size=SIZE)])
+GRAPH = GHN(**SMALL).graph(ARCH, image_size=SIZE)
+PADDED = pad_graphs([GRAPH])
 
 
-def states_of(gnn: GatedGNN, params, x, graph):
-    return gnn.apply({"params": params}, x, graph)
+@jax.jit
+def one_round(params, x):
+    return GatedGNN(8).apply({"params": params}, x, PADDED)
 
 
-def test_five_rounds_are_one_round_five_times(padded):
-    one = GatedGNN(8)
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((len(padded.nodes["primitive"]), 8)),
-                    jnp.float32)  # fmt: skip
-    params = one.init(jax.random.key(0), x, padded)["params"]
-    run = jax.jit(lambda x: states_of(one, params, x, padded))
+def test_five_rounds_are_one_round_five_times():
+    x = np.random.default_rng(1).standard_normal((len(PADDED.nodes["primitive"]), 8), np.float32)
+    params = GHN(**SMALL).init_variables(0)["params"]["gnn"]
     expected = x
     for _ in range(5):
-        expected = run(expected)
-    five = jax.jit(lambda x: states_of(GatedGNN(8, rounds=5), params, x, padded))(x)
+        expected = one_round(params, expected)
+    five = jax.jit(lambda x: GatedGNN(8, rounds=5).apply({"params": params}, x, PADDED))(x)
     np.testing.assert_allclose(five, expected, rtol=1e-5, atol=1e-6)
-    assert jnp.abs(five - run(x)).max() > 0.01
+    assert jnp.abs(five - one_round(params, x)).max() > 0.01
+
+
+def test_stacked_encoders_on_states_without_shapes():
+    """The second goes on from the first; without shape encoding, nodes start as their primitive."""
+    ghn = GHN(stack=2, shape_encoding=False, layer_norm=False, **SMALL)
+    variables = ghn.init_variables(0)
+    params = variables["params"]
+    assert "shape_encoder" not in params
+    start = params["op_embedding"][PADDED.nodes["primitive"]]
+    expected = one_round(params["stacked_0"], one_round(params["gnn"], start))
+    found = ghn.embed(variables, GRAPH)
+    np.testing.assert_allclose(found, expected[: len(GRAPH)], rtol=1e-5, atol=1e-6)
+    wide = ghn.graph(ARCH.replace(C=16), image_size=SIZE)
+    np.testing.assert_array_equal(ghn.embed(variables, wide), found)
 
 
 def test_forwards_only_nobody_hears_of_what_comes_later():
     ghn = GHN(forward_only=True, **SMALL)
-    variables, graph = ghn.init_variables(0), ghn.graph(ARCH, image_size=SIZE)
-    states, middle = ghn.embed(variables, graph), len(graph) // 2
-    shapes = list(graph.param_shapes)
+    variables, middle = ghn.init_variables(0), len(GRAPH) // 2
+    shapes = list(GRAPH.param_shapes)
     shapes[middle] = (40, 40, 3, 3)
-    other = ghn.embed(variables, dataclasses.replace(graph, param_shapes=shapes))
+    states, other = (ghn.embed(variables, graph) for graph in
+                     (GRAPH, dataclasses.replace(GRAPH, param_shapes=shapes)))  # fmt: skip
     changed = (jnp.abs(other - states).max(1) > 0).tolist()
-    assert changed == [node >= middle for node in range(len(graph))]
-
-
-def test_without_shape_encoding_shapes_do_not_matter():
-    ghn = GHN(shape_encoding=False, **SMALL)
-    variables, graph = ghn.init_variables(0), ghn.graph(ARCH, image_size=SIZE)
-    wide = ghn.graph(ARCH.replace(C=16), image_size=SIZE)
-    np.testing.assert_array_equal(ghn.embed(variables, graph), ghn.embed(variables, wide))
-    assert "shape_encoder" not in variables["params"]
-
-
-def test_the_stacked_encoder_goes_on_from_the_first(padded):
-    ghn = GHN(stack=2, layer_norm=False, **SMALL)
-    params = ghn.init_variables(0)["params"]
-    both = jax.jit(lambda p: ghn.apply({"params": p}, padded))(params)
-    single = {k: v for k, v in params.items() if k != "stacked_0"}
-    first = jax.jit(lambda p: GHN(layer_norm=False, **SMALL).apply({"params": p}, padded))(single)
-    second = jax.jit(lambda x: states_of(GatedGNN(8), params["stacked_0"], x, padded))(first)
-    np.testing.assert_allclose(both, second, rtol=1e-5, atol=1e-6)
+    assert changed[:middle] == [False] * middle
+    assert changed[middle]
+    assert changed[-1]
 
 
 def test_fan_out_counts_output_channels():
-    fan_in = GHN(**SMALL)
-    variables = fan_in.init_variables(0)
-    a, b = (ghn.predict(variables, ARCH, image_size=SIZE)
-            for ghn in (fan_in, GHN(fan="out", **SMALL)))  # fmt: skip
-    differ = 0
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        in_, out = (x.shape[-2], x.shape[-1]) if x.ndim > 1 else (1, 1)
-        np.testing.assert_allclose(y, x * np.sqrt(in_ / out), rtol=1e-5)
-        differ += in_ != out
-    assert differ > 3
+    assert weight_scale((6, 4, 3, 5)) == pytest.approx(math.sqrt(1 / 60))
+    assert weight_scale((6, 4, 3, 5), "out") == pytest.approx(math.sqrt(1 / 90))
+    assert weight_scale((6, 4), "out") == pytest.approx(math.sqrt(2 / 6))
+    plan = make_plan(wire(ARCH.replace(C=16), Task(10, SIZE)))
+    unit = next(s.unit for s in plan.steps if s.unit.parameters and s.unit.parameters[0][1] == (
+        32, 16, 1, 1))  # fmt: skip
+    by_fan = {}
+    for fan in ("in", "out"):
+        tiles = Tiles(GHN(fan=fan, **SMALL))
+        params = [jnp.ones(shape) for some in tiles.shapes(unit) for shape in some]
+        by_fan[fan] = tiles.tensors(unit, params)[0]
+    np.testing.assert_allclose(by_fan["in"], by_fan["out"] * math.sqrt(2), rtol=1e-6)
+    assert Tiles(GHN(fan="out", **SMALL)) != Tiles(GHN(**SMALL)) == Tiles(GHN(stack=2, **SMALL))
 
 
 @pytest.mark.parametrize(
