@@ -9,6 +9,7 @@ _EXTRAS = {
     "array_record": "train",
     "importlib_resources": "train",
     "matplotlib": "plot",
+    "pycocotools": "detection",
     "sklearn": "train",
     "submitit": "cluster",
     "tensorflow_datasets": "train",

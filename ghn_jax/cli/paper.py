@@ -34,6 +34,7 @@ EXPERIMENTS = {
     "compared-architectures": "distances of architectures and of splits (Tables 10, 11, Fig. 12)",
     "predicted-parameters": "diversity and sparsity of predicted parameters (Table 12)",
     "few-shot": "fine-tuning on 100 images of each class (Table 6, left)",
+    "detection": "detection of pedestrians (Table 6, right)",
 }
 
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         type(default),
         prog=f"{PROG} {name}",
-        description=f"{module.__doc__}\n--quick: small settings on digits, minutes on two cores.",
+        description=f"{module.__doc__}\n--quick: small settings, minutes on two cores.",
         default=default,
         args=[argument for argument in rest if argument != "--quick"],
         config=(tyro.conf.OmitArgPrefixes,),
