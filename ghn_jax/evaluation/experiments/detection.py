@@ -78,9 +78,9 @@ class Config:
 def quick() -> Config:
     """A small network on drawn scenes: five minutes on two cores."""
     return Config(
-        scenes=140, test_images=40, networks=("DARTS",), width=16, cells=4, shorter=160, longer=200,
-        anchor_sizes=(32, 64, 128), proposals=400, regions=64, hidden=128, learning_rate=0.01,
-        decay_epochs=8, epochs=10, batch_size=4, seeds=1, out=Path("runs/quick/detection"),
+        scenes=240, test_images=40, networks=("DARTS",), width=16, cells=2, shorter=160, longer=200,
+        anchor_sizes=(32, 64, 128), proposals=400, regions=64, hidden=256, learning_rate=0.02,
+        decay_epochs=10, epochs=14, batch_size=4, seeds=1, out=Path("runs/quick/detection"),
     )  # fmt: skip
 
 
