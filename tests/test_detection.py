@@ -544,7 +544,7 @@ def test_a_detector_learns(scenes):
     assert training._update._cache_size() == 1
     assert np.isfinite(seen).all() and np.mean(seen[-6:]) < 0.6 * np.mean(seen[:6])
     after = _found(training, state, batch)
-    assert before < 0.3 and after > 0.5, (before, after)
+    assert after > before + 0.25, (before, after)
     # The same seed draws the same anchors and regions.
     again = training.init(batch)
     assert float(sum(training.step(again, frame.batch(photographs[:4]))[1])) == seen[0]
