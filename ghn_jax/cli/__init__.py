@@ -10,6 +10,7 @@ _EXTRAS = {
     "importlib_resources": "train",
     "markdown": "plot",
     "matplotlib": "plot",
+    "pycocotools": "detection",
     "sklearn": "train",
     "submitit": "cluster",
     "tensorflow_datasets": "train",

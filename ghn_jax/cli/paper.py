@@ -37,6 +37,7 @@ EXPERIMENTS = {
     "ablations": "GHN-2 without its parts, and variants of it (Tables 5, 8); also table5, table8",
     "training-architectures": "accuracy by the number of training architectures (Fig. 3)",
     "few-shot": "fine-tuning on 100 images of each class (Table 6, left)",
+    "detection": "detection of pedestrians (Table 6, right)",
 }
 
 
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         type(default),
         prog=f"{PROG} {name}",
-        description=f"{module.__doc__}\n--quick: small settings on digits, minutes on two cores.",
+        description=f"{module.__doc__}\n--quick: small settings, minutes on two cores.",
         default=default,
         args=[argument for argument in rest if argument != "--quick"],
         config=(tyro.conf.OmitArgPrefixes,),

@@ -27,7 +27,7 @@ _INITIALISERS = {
 Wanted = tuple[tuple[tuple[str, ...], Parameter], ...]  # path of a module, and what it has
 
 
-def _arrays(module: nn.Module, wanted: Wanted) -> list[Arrays]:
+def parameter_arrays(module: nn.Module, wanted: Wanted) -> list[Arrays]:
     """The arrays of parameters at paths below a module, which is in its compact call."""
     below: dict[str, list] = {}
     for path, parameter in wanted:
@@ -52,7 +52,7 @@ class _Scope(nn.Module):
 
     @nn.compact
     def __call__(self) -> list[Arrays]:
-        return _arrays(self, self.wanted)
+        return parameter_arrays(self, self.wanted)
 
 
 class Network(nn.Module):
@@ -88,7 +88,7 @@ class Network(nn.Module):
             for name, p in piece.parameters(wiring.norm)
         }
         wanted = tuple((parameter_path(name), p) for name, p in parameters.items())
-        params = dict(zip(parameters, _arrays(self, wanted), strict=True))
+        params = dict(zip(parameters, parameter_arrays(self, wanted), strict=True))
 
         def of(names) -> Arrays:
             return tuple(array for name in names for array in params[name])

@@ -96,6 +96,7 @@ class ResNet(nn.Module):
       num_classes: number of classes.
       image_size: height and width of the images, in pixels; small ones (`is_small`) keep their
         resolution: a 3x3 convolution without stride, no max-pooling.
+      head: whether pooling and the classifier follow; detectors read the last feature map.
     """
 
     block: type[BasicBlock] | type[Bottleneck]
@@ -103,10 +104,14 @@ class ResNet(nn.Module):
     base_width: int = 64
     num_classes: int = 10
     image_size: int = 32
+    head: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """(B, H, W, 3) -> (B, num_classes) logits; `train` turns on batch statistics."""
+        """(B, H, W, 3) -> (B, num_classes) logits; `train` turns on batch statistics.
+
+        Without `head`: -> (B, h, w, C) features.
+        """
         if is_small(self.image_size):
             x = _Conv(64, (3, 3), padding=1, name="conv1")(images)
         else:
@@ -121,6 +126,8 @@ class ResNet(nn.Module):
                 project = not j and (stride > 1 or x.shape[-1] != planes * self.block.expansion)
                 name = f"layer{i + 1}_{j}"
                 x = self.block(planes, stride, project, self.base_width, name=name)(x, train=train)
+        if not self.head:
+            return x
         return nn.Dense(self.num_classes, kernel_init=_fc_init, name="fc")(x.mean((1, 2)))
 
 

@@ -1,0 +1,614 @@
+"""Faster R-CNN: each operation against its definition, and the whole on drawn scenes (§ 5.3)."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from ghn_jax.cli import paper
+from ghn_jax.deepnets1m.architecture import VIT, Architecture, Genotype
+from ghn_jax.deepnets1m.network import build_network
+from ghn_jax.deepnets1m.wiring import wire
+from ghn_jax.detection import boxes as box
+from ghn_jax.detection import losses, penn_fudan, roi_head, rpn
+from ghn_jax.detection.anchors import anchors_at_origin, anchors_of_grid
+from ghn_jax.detection.backbone import make_backbone
+from ghn_jax.detection.detector import Detector, DetectorTraining
+from ghn_jax.detection.nms import suppress, suppress_by_class
+from ghn_jax.detection.penn_fudan import Frame, flip, read_penn_fudan, split
+from ghn_jax.detection.roi_align import roi_align
+from ghn_jax.detection.sampling import match, sample
+from ghn_jax.detection.scenes import write_scenes
+from ghn_jax.evaluation.accuracy import random_parameters
+from ghn_jax.evaluation.experiments import detection as experiment
+from ghn_jax.evaluation.experiments.records import read_records
+from ghn_jax.hypernet.checkpoint import save_ghn
+from ghn_jax.hypernet.ghn import GHN
+
+EDGES = (("conv_3x3", 0), ("max_pool_3x3", 1))
+SMALL = Architecture(Genotype(EDGES, (2,), EDGES, (2,)), 3, C=8)
+
+
+@pytest.fixture(scope="module")
+def torchvision():
+    """torchvision, where its operations run: it may be built for another PyTorch."""
+    pytest.importorskip("torch")
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision cannot be imported: {error}")
+    return torchvision
+
+
+def random_boxes(rng, count, size=100.0, least=1.0):
+    corner = rng.uniform(0, size * 0.7, (count, 2))
+    return np.concatenate([corner, corner + rng.uniform(least, size / 2, (count, 2))], 1).astype(
+        np.float32
+    )
+
+
+def iou_of(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    common = max(width, 0) * max(height, 0)
+    return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
+
+
+# --- Boxes and anchors ----------------------------------------------------------------------------
+
+
+def test_iou():
+    rng = np.random.default_rng(0)
+    first, second = random_boxes(rng, 7), random_boxes(rng, 9)
+    want = [[iou_of(a, b) for b in second] for a in first]
+    np.testing.assert_allclose(box.iou(first, second), want, atol=1e-5)
+    assert np.array_equal(box.iou(np.zeros((2, 4)), np.zeros((2, 4))), np.zeros((2, 2)))
+
+
+def test_codes_of_boxes():
+    rng = np.random.default_rng(1)
+    boxes, references = random_boxes(rng, 20), random_boxes(rng, 20)
+    weights = (10.0, 10.0, 5.0, 5.0)
+    codes = np.asarray(box.encode(boxes, references, weights))
+    for code, b, r in zip(codes, boxes, references, strict=True):
+        (w, h), (rw, rh) = b[2:] - b[:2], r[2:] - r[:2]
+        x, y, rx, ry = b[0] + w / 2, b[1] + h / 2, r[0] + rw / 2, r[1] + rh / 2
+        want = [10 * (x - rx) / rw, 10 * (y - ry) / rh, 5 * np.log(w / rw), 5 * np.log(h / rh)]
+        np.testing.assert_allclose(code, want, rtol=2e-3, atol=1e-3)
+    np.testing.assert_allclose(box.decode(codes, references, weights), boxes, atol=1e-2)
+    # Codes of sizes are limited from above, and only from above.
+    large, small = box.decode(np.float32([[0, 0, 9, 9], [0, 0, -9, 9]]), np.float32([0, 0, 16, 16]))
+    np.testing.assert_allclose(large, [-492, -492, 508, 508], atol=1e-2)
+    np.testing.assert_allclose(small[2] - small[0], 16 * np.exp(-9), atol=1e-4)
+
+
+def test_boxes_in_an_image():
+    clipped = box.clip(np.float32([[-5, -6, 30, 40]]), np.float32([20, 25]))
+    assert clipped.tolist() == [[0, 0, 25, 20]]
+    assert box.at_least(np.float32([[0, 0, 2, 3], [0, 0, 1, 3]]), 2).tolist() == [True, False]
+
+
+def test_anchors():
+    # torchvision's of sizes 32 and 64: ratio by ratio, rounded to even.
+    want = [[-23, -11, 23, 11], [-45, -23, 45, 23], [-16, -16, 16, 16], [-32, -32, 32, 32],
+            [-11, -23, 11, 23], [-23, -45, 23, 45]]  # fmt: skip
+    assert anchors_at_origin((32, 64), (0.5, 1.0, 2.0)).tolist() == want
+    found = anchors_of_grid((2, 3), (33, 96), (32,), (1.0,))
+    assert found[:, :2].tolist() == [[x - 16, y - 16] for y in (0, 16) for x in (0, 32, 64)]
+
+
+# --- Suppression ----------------------------------------------------------------------------------
+
+
+def suppressed(boxes, scores, valid, threshold):
+    kept = []
+    for i in np.argsort(-scores, kind="stable"):
+        if valid[i] and all(iou_of(boxes[i], boxes[j]) <= threshold for j in kept):
+            kept.append(i)
+    return kept
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.7])
+def test_suppression(threshold):
+    rng = np.random.default_rng(2)
+    run = jax.jit(lambda *x: suppress(*x, threshold=threshold, count=70))
+    for _ in range(5):
+        boxes, scores = random_boxes(rng, 60), rng.random(60).astype(np.float32)
+        valid = rng.random(60) < 0.9
+        indices, kept = run(boxes, scores, valid)
+        want = suppressed(boxes, scores, valid, threshold)
+        assert len(indices) == 70
+        assert np.asarray(indices)[np.asarray(kept)].tolist() == want
+        assert kept[: len(want)].all()
+
+
+def test_suppression_of_a_chain_and_by_class():
+    """Each overlaps the next: every second one stays."""
+    left = np.arange(40, dtype=np.float32) * 4
+    boxes = np.stack([left, 0 * left, left + 10, 0 * left + 10], 1)
+    scores, valid = np.linspace(1, 0, 40, dtype=np.float32), np.ones(40, bool)
+    run = jax.jit(lambda *x: suppress_by_class(*x, threshold=0.4, count=30))
+    indices, kept = run(boxes, scores, np.zeros(40, int), valid)
+    assert indices[kept].tolist() == list(range(0, 40, 2))
+    indices, kept = run(boxes, scores, np.arange(40) % 2, valid)
+    assert indices[kept].tolist() == list(range(30))
+
+
+# --- ROI align ------------------------------------------------------------------------------------
+
+
+def roi_aligned(features, boxes, scale, bins, samples):
+    """One reading after another."""
+    height, width, channels = features.shape
+    found = np.zeros((len(boxes), bins, bins, channels))
+    for n, (x1, y1, x2, y2) in enumerate(boxes * scale):
+        w, h = max(x2 - x1, 1) / bins, max(y2 - y1, 1) / bins
+        for row, column, i, j in np.ndindex(bins, bins, samples, samples):
+            y, x = y1 + (row + (i + 0.5) / samples) * h, x1 + (column + (j + 0.5) / samples) * w
+            if not (-1 <= y <= height and -1 <= x <= width):
+                continue
+            y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+            top, left = int(y), int(x)
+            for cy, cx in np.ndindex(2, 2):
+                share = abs(1 - cy - (y - top)) * abs(1 - cx - (x - left))
+                cell = features[min(top + cy, height - 1), min(left + cx, width - 1)]
+                found[n, row, column] += share * cell / samples**2
+    return found
+
+
+def test_roi_align():
+    rng = np.random.default_rng(3)
+    features = rng.standard_normal((6, 9, 3)).astype(np.float32)
+    # Also outside of the image, and smaller than a cell.
+    odd = np.float32([[-40, -30, 20, 20], [100, 60, 200, 150], [10, 10, 12, 11], [0, 0, 144, 96]])
+    boxes = np.concatenate([random_boxes(rng, 10), odd])
+    for bins, samples in ((7, 2), (3, 1)):
+        align = jax.jit(
+            lambda x, some, n=bins, m=samples: roi_align(x, some, 1 / 16, bins=n, samples=m)
+        )
+        found = align(features, boxes)
+        want = roi_aligned(features, boxes, 1 / 16, bins, samples)
+        np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+# --- Matching and sampling ------------------------------------------------------------------------
+
+
+def matched(objects, labels, boxes, foreground, background, best_too):
+    overlap = np.array([[iou_of(o, b) for b in boxes] for o in objects[labels > 0]])
+    index, value = overlap.argmax(0), overlap.max(0)
+    own = labels[labels > 0][index]
+    found = np.where(value < background, 0, np.where(value < foreground, -1, own))
+    if best_too:
+        for row in overlap:
+            best = np.isclose(row, row.max(), atol=1e-7)
+            found[best] = own[best]
+    return index, found
+
+
+@pytest.mark.parametrize(("foreground", "background", "best_too"),
+                         [(0.7, 0.3, True), (0.5, 0.5, False)])  # fmt: skip
+def test_matching(foreground, background, best_too):
+    rng = np.random.default_rng(4)
+    run = jax.jit(
+        lambda *x: match(*x, foreground=foreground, background=background, best_too=best_too)
+    )
+    seen = set()
+    for _ in range(4):
+        objects, boxes = random_boxes(rng, 5), random_boxes(rng, 80)
+        labels = np.array([1, 2, 1, 0, 0])
+        index, found = run(objects, labels, boxes)
+        want_index, want = matched(objects, labels, boxes, foreground, background, best_too)
+        assert found.tolist() == want.tolist()
+        assert index[found > 0].tolist() == want_index[want > 0].tolist()
+        seen |= {*want.tolist()}
+    assert seen >= ({-1, 0, 1, 2} if best_too else {0, 1})
+    # An image without objects is background.
+    _, found = run(np.zeros((5, 4), np.float32), np.zeros(5, int), boxes)
+    assert not found.any()
+
+
+def test_samples():
+    labels = jnp.array([1] * 5 + [2] * 25 + [0] * 100 + [-1] * 70)
+    keys = jax.random.split(jax.random.key(0), 30)
+    draws = jax.vmap(lambda key: sample(key, labels, count=40, share=0.25))
+    draws = list(zip(*jax.device_get(jax.jit(draws)(keys)), strict=True))
+    for indices, drawn in draws:
+        assert drawn.all() and len(set(indices.tolist())) == 40
+        of = np.asarray(labels)[indices]
+        assert (of[:10] > 0).all() and (of[10:] == 0).all()
+    # All are drawn at times, and each as often as others.
+    counts = np.bincount(np.concatenate([indices for indices, _ in draws]), minlength=200)
+    assert counts[:30].sum() == 300 and counts[:30].max() < 20 and counts[:30].min() > 1
+    # Where objects are few, background fills up; where both are, less is drawn.
+    indices, drawn = sample(jax.random.key(0), labels[:40], count=30, share=1.0)
+    assert drawn.sum() == 30 and (labels[indices] > 0).sum() == 30
+    indices, drawn = sample(jax.random.key(0), labels[20:40], count=30, share=0.25)
+    assert len(indices) == 30 and drawn.sum() == 17
+    assert (labels[20:40][indices[drawn]] > 0).sum() == 7
+
+
+# --- Losses ---------------------------------------------------------------------------------------
+
+
+def test_losses():
+    rng = np.random.default_rng(5)
+    codes, targets = rng.standard_normal((2, 30, 4)).astype(np.float32)
+    objects, drawn = rng.random(30) < 0.3, np.arange(30) < 20
+    objects &= drawn
+    want = 0.0
+    for d in np.abs(codes - targets)[objects].ravel():
+        want += 4.5 * d**2 if d < 1 / 9 else d - 1 / 18
+    found, gradient = jax.value_and_grad(losses.box_loss)(
+        codes, np.where(objects[:, None], targets, np.inf), objects, drawn
+    )
+    assert found == pytest.approx(want / 20, rel=1e-5)
+    assert np.isfinite(gradient).all() and not gradient[~objects].any()
+    logits = rng.standard_normal(30).astype(np.float32)
+    chance = 1 / (1 + np.exp(-logits))
+    each = -np.log(np.where(objects, chance, 1 - chance))
+    assert losses.objectness_loss(logits, objects, drawn) == pytest.approx(each[:20].mean(), 1e-5)
+    logits, labels = rng.standard_normal((30, 3)).astype(np.float32), rng.integers(0, 3, 30)
+    each = np.log(np.exp(logits).sum(1)) - logits[np.arange(30), labels]
+    labels[20:] = -1
+    assert losses.class_loss(logits, labels, drawn) == pytest.approx(each[:20].mean(), 1e-5)
+
+
+def test_proposals():
+    rng = np.random.default_rng(6)
+    anchors = anchors_of_grid((5, 5), (80, 80), (16, 32), (1.0, 2.0))
+    logits = rng.standard_normal(100).astype(np.float32)
+    codes = 0.3 * rng.standard_normal((100, 4)).astype(np.float32)
+    size = np.float32([70, 60])
+    propose = jax.jit(rpn.propose, static_argnums=4)
+    found, valid = propose(logits, codes, anchors, size, 40)
+    order = np.argsort(-logits)[:40]
+    boxes = np.asarray(box.clip(box.decode(codes, anchors), size))[order]
+    large = (boxes[:, 2:] - boxes[:, :2]).min(1) >= 1e-3
+    want = boxes[suppressed(boxes, logits[order], large, 0.7)]
+    assert len(want) < 40
+    np.testing.assert_allclose(found[valid], want, atol=1e-5)
+    found, valid = propose(logits, codes, anchors, size, 300)
+    assert found.shape == (300, 4) and 40 < valid.sum() < 100
+
+
+def test_detections():
+    """By class, without what is unlikely or padding, in the image; the best come first."""
+    proposals = np.float32([[[0, 0, 20, 20], [1, 0, 21, 20], [40, 40, 90, 60], [0, 0, 9, 9]]])
+    logits = np.log(
+        np.float32([[[0.1, 0.7, 0.2], [0.1, 0.8, 0.1], [0.9, 0.04, 0.06], [0.1, 0.1, 0.8]]])
+    )
+    found = jax.jit(roi_head.detections)(
+        logits, np.zeros((1, 4, 3, 4), np.float32), proposals, np.array([[True] * 3 + [False]]),
+        np.float32([[50, 60]]),
+    )  # fmt: skip
+    there = np.asarray(found.labels[0]) > 0
+    assert found.boxes.shape == (1, 100, 4) and there.sum() == 3
+    np.testing.assert_allclose(found.scores[0, :3], [0.8, 0.2, 0.06], atol=1e-6)
+    assert found.labels[0, :3].tolist() == [1, 2, 2]
+    assert found.boxes[0, 2].tolist() == [40, 40, 60, 50]
+    assert not found.scores[0, 3:].any()
+
+
+def test_regions():
+    """True boxes are among them, and codes say how to get to the objects."""
+    objects = np.float32([[10, 10, 30, 50], [0, 0, 0, 0]])
+    proposals = np.float32([[12, 10, 30, 50], [60, 60, 80, 90], [0, 0, 0, 0], [11, 11, 30, 50]])
+    regions = jax.jit(roi_head.choose_regions, static_argnums=5)(
+        jax.random.key(0), proposals, np.array([True, True, False, False]), objects,
+        np.array([1, 0]), 12,
+    )  # fmt: skip
+    assert regions.drawn.sum() == 3 and (regions.labels[regions.drawn] == 1).sum() == 2
+    inside = regions.drawn & (regions.labels == 1)
+    assert (regions.boxes[inside] == objects[0]).all(1).any()
+    back = box.decode(regions.codes[inside], regions.boxes[inside], (10, 10, 5, 5))
+    np.testing.assert_allclose(back, objects[[0, 0]], atol=1e-4)
+
+
+def test_against_torchvision(torchvision):
+    import torch
+
+    ops, of = torchvision.ops, torch.from_numpy
+    detection = torchvision.models.detection
+    coder = detection._utils.BoxCoder((10.0, 10.0, 5.0, 5.0))
+    rng = np.random.default_rng(7)
+    boxes, references = random_boxes(rng, 50), random_boxes(rng, 50)
+    np.testing.assert_allclose(
+        box.iou(boxes, references), ops.box_iou(of(boxes), of(references)), atol=1e-5
+    )
+    codes = coder.encode_single(of(boxes), of(references)).numpy()
+    np.testing.assert_allclose(box.encode(boxes, references, (10, 10, 5, 5)), codes, atol=1e-3)
+    codes = 8 * rng.standard_normal((50, 4)).astype(np.float32)
+    want = coder.decode_single(of(codes), of(references))
+    np.testing.assert_allclose(
+        box.decode(codes, references, (10, 10, 5, 5)), want, rtol=1e-3, atol=1e-2
+    )
+    scores = rng.random(50).astype(np.float32)
+    indices, kept = suppress(boxes, scores, np.ones(50, bool), threshold=0.4, count=50)
+    assert indices[kept].tolist() == ops.nms(of(boxes), of(scores), 0.4).tolist()
+    features = rng.standard_normal((6, 9, 3)).astype(np.float32)
+    rois = np.concatenate([boxes - 10, references + 60])
+    want = ops.roi_align(
+        of(features.transpose(2, 0, 1)[None].copy()), [of(rois)], 7, 1 / 16, 2
+    ).numpy()
+    np.testing.assert_allclose(roi_align(features, rois, 1 / 16).transpose(0, 3, 1, 2), want,
+                               atol=1e-5)  # fmt: skip
+    for high, low, best in ((0.7, 0.3, True), (0.5, 0.5, False)):
+        matcher = detection._utils.Matcher(high, low, best)
+        want = matcher(ops.box_iou(of(boxes[:4]), of(references))).numpy()
+        index, found = match(
+            boxes[:4], np.ones(4, int), references, foreground=high, background=low, best_too=best
+        )
+        assert found.tolist() == np.where(want >= 0, 1, np.where(want == -1, 0, -1)).tolist()
+        assert index[want >= 0].tolist() == want[want >= 0].tolist()
+    sizes, ratios = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
+    generator = detection.anchor_utils.AnchorGenerator((sizes,), (ratios,))
+    images = detection.image_list.ImageList(torch.zeros(1, 3, 96, 160), [(96, 160)])
+    (want,) = generator(images, [torch.zeros(1, 8, 3, 5)])
+    assert np.array_equal(anchors_of_grid((3, 5), (96, 160), sizes, ratios), want.numpy())
+    pixels = rng.random((33, 47, 3), np.float32)
+    transform = detection.transform.GeneralizedRCNNTransform(60, 80, [0.0] * 3, [1.0] * 3)
+    target = {"boxes": torch.tensor([[1.0, 2.0, 30.0, 20.0]])}
+    found, (target,) = transform([of(pixels.transpose(2, 0, 1).copy())], [target])
+    size = penn_fudan.scaled((33, 47), 60, 80)
+    assert found.image_sizes == [size]
+    ours = penn_fudan.resize(pixels, size)
+    want = found.tensors[0].numpy().transpose(1, 2, 0)[: size[0], : size[1]]
+    np.testing.assert_allclose(ours, want, atol=1e-5)
+    ratio = penn_fudan._ratios((33, 47), size)
+    np.testing.assert_allclose(target["boxes"][0], np.array([1, 2, 30, 20]) * ratio, rtol=1e-6)
+
+
+# --- Backbones ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [SMALL, SMALL.replace(norm=None),
+                                  Architecture(VIT, 1, C=8, C_mult=1, preproc=False)],
+                         ids=["bn", "bnfree", "vit"])  # fmt: skip
+def test_backbone_is_the_network_before_its_classifier(arch):
+    images = np.random.default_rng(8).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    channels = wire(arch).head.dims[0]
+    network, backbone = build_network(arch, channels, 32), make_backbone(arch, 32)
+    params = random_parameters(network, 32, seed=0)
+    # What such a classifier gives are the features' means.
+    params["classifier_0"] = {"kernel": jnp.eye(channels), "bias": jnp.zeros(channels)}
+    means = jax.jit(network.apply)({"params": params}, images)
+    own = {name: tree for name, tree in params.items() if name != "classifier_0"}
+    shapes = jax.eval_shape(backbone.init, jax.random.key(0), images)
+    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, shapes["params"])
+    initial = {
+        name: jnp.stack([jnp.zeros(x.shape[1]), jnp.ones(x.shape[1])])
+        for name, x in shapes.get("batch_stats", {}).items()
+    }
+    run = jax.jit(backbone.apply, static_argnames=("train", "mutable"))
+    features, state = run(
+        {"params": own, "batch_stats": initial}, images, train=True, mutable=("batch_stats",)
+    )
+    np.testing.assert_allclose(features.mean((1, 2)), means, atol=2e-4)
+    if arch is SMALL:
+        x = jax.lax.conv_general_dilated(
+            images, own["stem_0"]["kernel"], (1, 1), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ).reshape(-1, 24)  # fmt: skip
+        want = np.stack([0.1 * x.mean(0), 0.9 + 0.1 * x.var(0, ddof=1)])
+        np.testing.assert_allclose(state["batch_stats"]["stem.1.weight"], want, atol=1e-4)
+        # With the batch's own statistics as averages, both modes agree.
+        averages = jax.tree.map(lambda a, b: a + 10 * (b - a), initial, state["batch_stats"])
+        tested = run({"params": own, "batch_stats": averages}, images)
+        np.testing.assert_allclose(tested, features, rtol=0.05, atol=0.02)
+    wide = np.zeros((1, 40, 64, 3), np.float32)  # of another shape than the network is for
+    variables = {"params": own, "batch_stats": initial}
+    assert jax.eval_shape(lambda x: backbone.apply(variables, x), wide).ndim == 4
+
+
+def test_backbones_of_the_zoo():
+    backbone = make_backbone("resnet50")
+    features = jax.eval_shape(
+        lambda: backbone.init_with_output(jax.random.key(0), jnp.zeros((1, 64, 96, 3)))
+    )
+    assert features[0].shape == (1, 2, 3, 2048) and "fc" not in features[1]["params"]
+    with pytest.raises(ValueError, match="vit_b_16 is no backbone of a detector; allowed: netw.*,"):
+        make_backbone("vit_b_16")
+
+
+# --- Photographs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 12, height=96)
+
+
+def test_scenes_are_read(scenes):
+    photographs = read_penn_fudan(scenes.parent)
+    assert [p.name for p in photographs] == [f"Scene{i:05}" for i in range(12)]
+    first, again = photographs[0], read_penn_fudan(scenes)[0]
+    assert np.array_equal(first.pixels, again.pixels) and first.pixels.shape[0] == 96
+    mask = np.asarray(Image.open(scenes / "PedMasks" / "Scene00000_mask.png"))
+    for number, found in enumerate(first.boxes.astype(int), 1):
+        x1, y1, x2, y2 = found
+        assert (mask == number).sum() == (mask[y1 : y2 + 1, x1 : x2 + 1] == number).sum() > 0
+        assert (mask[y1] == number).any() and (mask[:, x2] == number).any()
+    train, test = split(photographs, 4, seed=1)
+    assert len(train) == 8 and {p.name for p in train + test} == {p.name for p in photographs}
+    assert [p.name for p in split(photographs, 4, seed=2)[1]] != [p.name for p in test]
+    with pytest.raises(ValueError, match="12 test images are asked for; allowed: 1 to 11"):
+        split(photographs, 12, seed=0)
+
+
+def test_batches_are_flipped_resized_and_padded(scenes):
+    photographs = read_penn_fudan(scenes)
+    frame = Frame.around(photographs, 120, 130)
+    batch = frame.batch([photographs[0], flip(photographs[0])])
+    assert batch.images.shape[1:3] == (frame.height, frame.width) and frame.height % 32 == 0
+    height, width = batch.sizes[0].astype(int)
+    assert max(height, width) <= 130 and (min(height, width) == 120 or max(height, width) >= 129)
+    np.testing.assert_allclose(
+        batch.images[0, :height, :width], batch.images[1, :height, :width][:, ::-1], atol=1e-4
+    )
+    assert not batch.images[:, height:].any() and not batch.images[:, :, width:].any()
+    n = len(photographs[0].boxes)
+    assert (batch.labels[0] > 0).sum() == n
+    np.testing.assert_allclose(batch.boxes[1, :n, 0], width - batch.boxes[0, :n, 2], rtol=1e-5)
+    np.testing.assert_allclose(batch.boxes[1, :n, 1], batch.boxes[0, :n, 1])
+    np.testing.assert_allclose(
+        frame.unscale(batch.boxes[0, :n], photographs[0]), photographs[0].boxes, rtol=1e-5
+    )
+
+
+def test_folders_that_are_not_penn_fudans(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no folder PNGImages.*jshi/ped_html"):
+        read_penn_fudan(tmp_path)
+    images, masks = (tmp_path / name for name in ("PNGImages", "PedMasks"))
+    images.mkdir()
+    with pytest.raises(FileNotFoundError, match="has no folder PedMasks"):
+        read_penn_fudan(tmp_path)
+    masks.mkdir()
+    with pytest.raises(FileNotFoundError, match="has no PNG files"):
+        read_penn_fudan(tmp_path)
+    Image.new("RGB", (8, 6)).save(images / "a.png")
+    with pytest.raises(FileNotFoundError, match="a.png has no mask"):
+        read_penn_fudan(tmp_path)
+    mask, thin = np.zeros((2, 6, 8), np.uint8)
+    thin[1:4, 2] = 1
+    for wrong, message in (
+        (mask, "shows no pedestrian"),
+        (thin, "number 1, that is one pixel wide"),
+        (mask[:3], r"shape \(3, 8\), but a.png \(6, 8\)"),
+    ):
+        Image.fromarray(wrong).save(masks / "a_mask.png")
+        with pytest.raises(ValueError, match=message):
+            read_penn_fudan(tmp_path)
+    (masks / "a_mask.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        read_penn_fudan(tmp_path)
+
+
+def test_average_precision():
+    """Three objects; the best detection is right, the second wrong, the third right."""
+    pytest.importorskip("pycocotools")
+    from ghn_jax.detection.average_precision import average_precision
+
+    objects = [np.float32([[0, 0, 40, 40], [50, 50, 90, 90]]), np.float32([[10, 10, 60, 60]])]
+    boxes = [np.float32([[0, 0, 40, 30], [45, 0, 90, 40]]), np.float32([[10, 10, 60, 60]])]
+    scores = [np.float32([0.9, 0.8]), np.float32([0.7])]
+    ap50, ap = average_precision(objects, boxes, scores)
+    # Precision 1 up to a recall of 1/3 (34 of 101 points), 2/3 up to 2/3 (33 points), then 0.
+    assert ap50 == pytest.approx((34 + 33 * 2 / 3) / 101)
+    # An overlap of 0.75 is enough for six of the ten thresholds; else one of three is right.
+    assert ap == pytest.approx((6 * ap50 + 4 * 34 / 3 / 101) / 10)
+    assert average_precision(objects, [np.zeros((0, 4))] * 2, [np.zeros(0)] * 2) == (0.0, 0.0)
+
+
+# --- The whole ------------------------------------------------------------------------------------
+
+
+class Tiny(nn.Module):
+    """Three strided convolutions."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        for i, channels in enumerate((8, 16, 16)):
+            x = nn.Conv(channels, (5, 5), 2 if i else 4, name=f"conv{i}")(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.8)(x))
+        return x
+
+
+def _found(training, state, batch):
+    """The mean over objects of the best IoU with one of the three most likely detections."""
+    found = jax.device_get(training.detect(state, batch))
+    best = []
+    for boxes, objects, labels in zip(found.boxes, batch.boxes, batch.labels, strict=True):
+        best += np.asarray(box.iou(objects[labels > 0], boxes[:3])).max(1).tolist()
+    return np.mean(best)
+
+
+def test_a_detector_learns(scenes):
+    photographs = read_penn_fudan(scenes)
+    frame = Frame.around(photographs, 64, 96)
+    detector = Detector(
+        Tiny(), anchor_sizes=(16, 32), train_proposals=60, test_proposals=30, regions=24, hidden=32
+    )
+    training = DetectorTraining(detector, optax.sgd(0.05, momentum=0.9), seed=0)
+    batch = frame.batch(photographs[:4])
+    state = training.init(batch)
+    before, seen = _found(training, state, batch), []
+    for step in range(60):
+        state, some = training.step(state, frame.batch(photographs[step % 2 * 2 :][:4]))
+        seen.append(float(sum(some)))
+    assert training._update._cache_size() == 1
+    assert np.isfinite(seen).all() and np.mean(seen[-6:]) < 0.6 * np.mean(seen[:6])
+    after = _found(training, state, batch)
+    assert after > before + 0.25, (before, after)
+    # The same seed draws the same anchors and regions.
+    again = training.init(batch)
+    assert float(sum(training.step(again, frame.batch(photographs[:4]))[1])) == seen[0]
+    with pytest.raises(ValueError, match="the parameters do not fit the backbone"):
+        training.init(batch, {"conv0": {"kernel": np.zeros(3)}})
+
+
+def test_rate():
+    config = experiment.Config()
+    change = experiment.optimizer(dataclasses.replace(config, weight_decay=0.5), 60)
+    params, rates = {"w": jnp.array(2.0)}, []
+    state = change.init(params)
+    for step in (0, 1, 30, 59, 60, 179, 180, 360, 540):
+        counted = jax.tree.map(
+            lambda x, step=step: jnp.array(step, x.dtype) if x.dtype == jnp.int32 else x, state
+        )
+        changes, _ = change.update({"w": jnp.array(0.0)}, counted, params)
+        rates.append(float(-changes["w"]))  # of the weight decay alone: 0.5 * 2
+    warm = [0.001 * (1 - s / 59) + s / 59 for s in (0, 1, 30, 59)]
+    want = 0.005 * np.array([*warm, 1, 1, 0.1, 0.01, 0.001])
+    np.testing.assert_allclose(rates, want, rtol=1e-4)
+
+
+def test_by_the_command(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pycocotools")
+    ghn = GHN(max_shape=(8, 8, 7, 7))
+    save_ghn(tmp_path / "one", ghn, ghn.init_variables(0))
+    monkeypatch.setattr(experiment, "networks", lambda config: [("small", SMALL)])
+    out = tmp_path / "out"
+    arguments = ["detection", "--quick", "--ghn", str(tmp_path / "one"), "--out", str(out),
+                 "--scenes", "7", "--test-images", "3", "--shorter", "64", "--longer", "96",
+                 "--network-image-size", "32", "--anchor-sizes", "32", "--proposals", "20",
+                 "--regions", "8", "--hidden", "8", "--epochs", "1"]  # fmt: skip
+    paper.main(arguments)
+    records = read_records(out)
+    assert list(records) == ["small from He, seed 0", "small from one, seed 0"]
+    assert all(0 <= r["ap50"] <= 1 and len(r["loss"]) == 1 for r in records.values())
+    for where in ("He", "one"):
+        assert (out / f"small from {where}.png").stat().st_size > 10_000
+    assert "| GHN-2, the paper | - |" in capsys.readouterr().out
+    paper.main(arguments)  # nothing is computed again
+    assert read_records(out) == records
+    for wrong, message in (
+        (["--data", str(tmp_path)], "give either --data, the folder PennFudanPed"),
+        (["--epochs", "0"], "--epochs is 0; use a number above 0"),
+        (["--scenes", "5"], "--batch-size is 4, but there are 2 training"),
+        (["--trained", str(tmp_path)], "has no parameters of DARTS; make them with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paper.main([*arguments, "--out", str(tmp_path / "other"), *wrong])
+
+
+def test_paper_networks():
+    found = dict(experiment.networks(experiment.Config()))
+    assert found["resnet50"] == "resnet50" and found["DARTS"].n_cells == 14
+    shapes = {
+        name: jax.eval_shape(
+            lambda network=network: make_backbone(network).init_with_output(
+                jax.random.key(0), jnp.zeros((1, 320, 544, 3))
+            )[0]
+        ).shape
+        for name, network in found.items()
+    }
+    assert shapes == {"resnet50": (1, 10, 17, 2048), "ViT": (1, 20, 34, 128),
+                      "DARTS": (1, 10, 17, 768)}  # fmt: skip
+    with pytest.raises(ValueError, match="there is no network 'VIT'"):
+        experiment.networks(experiment.Config(networks=("VIT",)))
