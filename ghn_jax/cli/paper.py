@@ -33,6 +33,11 @@ EXPERIMENTS = {
     "search": "architecture search by predicted accuracy (Table 9)",
     "compared-architectures": "distances of architectures and of splits (Tables 10, 11, Fig. 12)",
     "predicted-parameters": "diversity and sparsity of predicted parameters (Table 12)",
+    "activations": "variance of activations under predicted parameters (Fig. 8)",
+    "generalisation": "accuracy by width, depth and number of nodes (Fig. 10)",
+    "convergence": "training from predicted and from random parameters (Fig. 13)",
+    "meta-batches": "training by meta-batch size (Fig. 9)",
+    "training-speed": "seconds of an update of hypernetworks (Table 13)",
     "few-shot": "fine-tuning on 100 images of each class (Table 6, left)",
 }
 
