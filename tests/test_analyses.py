@@ -193,7 +193,7 @@ def test_claims_about_generalisation():
     points = [
         point("width", 64, 0.5), point("width", 256, 0.4),
         *(point("depth", d, t) for d, t in ((5, 0.3), (12, 0.5), (30, 0.4))),
-        *(point("nodes", n, t) for n, t in ((50, 0.5), (300, 0.4))),
+        *(point("nodes", n, t) for n, t in ((50, 0.5), (300, 0.4), (900, 0.3))),
         point(free, 5, 0.2), point(free, 12, 0.4), point(free, 12, 0.5, "SGD"),
     ]  # fmt: skip
     text = generalisation.claims(points)
@@ -201,11 +201,12 @@ def test_claims_about_generalisation():
         "wider than in training: holds (50.0% there, 40.0% beyond)",
         "best at some cells in between: holds (50.0% at 12 to 12)",
         "best at some nodes in between: does not hold (50.0% at 50 to 50)",
-        "better from 10 cells on: holds (20.0% below, 40.0% from there)",
+        "better from 10 cells on: holds (20.0% below, 40.0% there)",
         "as good as SGD: does not hold (40.0% and 50.0%)",
     ):
         assert line in text
     assert "SGD degrades" not in text
+    assert generalisation.claims([point("width", 64, 0.5), point(free, 12, 0.5)]) == ""
 
 
 def test_figure_of_generalisation(tmp_path):

@@ -254,12 +254,13 @@ def claims(points: Sequence[Group]) -> str:
             continue
         width = by.get((method, "width"), [])
         inside, beyond = (_mean(p for p in width if _regime(p) is x) for x in (True, False))
-        text += _claim(f"{method} degrades in networks wider than in training", beyond < inside,
-                       f"{inside:.1%} there, {beyond:.1%} beyond")  # fmt: skip
+        if np.isfinite([inside, beyond]).all():
+            text += _claim(f"{method} degrades in networks wider than in training",
+                           beyond < inside, f"{inside:.1%} there, {beyond:.1%} beyond")  # fmt: skip
         for panel in ("depth", "nodes"):
             curve = by.get((method, panel), [])
-            best = max(curve, key=lambda p: p.top1, default=None)
-            if best is not None:
+            if len(curve) > 2:
+                best = max(curve, key=lambda p: p.top1)
                 text += _claim(
                     f"{method} is best at some {PANELS[panel].label} in between",
                     best not in (curve[0], curve[-1]),
@@ -267,17 +268,14 @@ def claims(points: Sequence[Group]) -> str:
                 )
         name = "depth without batch norm"
         free, sgd = by.get((method, name), []), by.get((SGD, name), [])
-        if free:
-            deep, shallow = (_mean(p for p in free if (p.value >= 10) is x) for x in (True, False))
-            text += _claim(
-                f"without batch norm, {method} is better from 10 cells on",
-                deep > shallow,
-                f"{shallow:.1%} below, {deep:.1%} from there",
-            )
-            trained = _mean(p for p in sgd if p.value >= 10)
-            if np.isfinite(trained):
-                text += _claim(f"there, {method} is as good as SGD", deep >= trained,
-                               f"{deep:.1%} and {trained:.1%}")  # fmt: skip
+        deep, shallow = (_mean(p for p in free if (p.value >= 10) is x) for x in (True, False))
+        trained = _mean(p for p in sgd if p.value >= 10)
+        if np.isfinite([deep, shallow]).all():
+            text += _claim(f"without batch norm, {method} is better from 10 cells on",
+                           deep > shallow, f"{shallow:.1%} below, {deep:.1%} there")  # fmt: skip
+        if np.isfinite([deep, trained]).all():
+            text += _claim(f"there, {method} is as good as SGD", deep >= trained,
+                           f"{deep:.1%} and {trained:.1%}")  # fmt: skip
     return text
 
 
