@@ -351,7 +351,8 @@ def test_runs_are_made_and_gone_on_with(tmp_path, monkeypatch):
 
     def train(config, images):
         made.append(config)
-        if len(made) == 2:
+        if len(made) == 2:  # after a checkpoint
+            Checkpoints(config.run.out).save(1, 0, params={"x": np.zeros(1)})
             raise KeyboardInterrupt
         losses = np.linspace(2, 1, config.data.steps).tolist()
         write_run(config.run.out, config.space.meta_batch, losses, grad_norm=1.0)
@@ -361,8 +362,9 @@ def test_runs_are_made_and_gone_on_with(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         paper.main(arguments)
     paper.main(arguments)
-    assert [c.space.meta_batch for c in made] == [1, 8, 8]
-    assert [c.data.steps for c in made] == [240, 30, 30]
+    assert [c.space.meta_batch for c in made] == [1, 4, 4]
+    assert [c.data.steps for c in made] == [80, 20, 20]
+    assert [c.run.resume for c in made] == [False, False, True]
     # The learning rate falls at the same share of each run.
     shares = {c.optimiser.decay_epochs[0] / c.data.epochs for c in made}
     assert max(shares) - min(shares) < 0.01
