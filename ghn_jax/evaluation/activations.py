@@ -129,8 +129,9 @@ def _linen(model: nn.Module, call: Mapping[str, Any]) -> Callable[..., list[_Out
 def _nnx(call: Mapping[str, Any]) -> Callable[..., list[_Output]]:
     @functools.partial(jax.jit, static_argnums=0)
     def run(definition, state, images):
-        model, found = nnx.merge(definition, state), []
-        normed = []
+        model = nnx.merge(definition, state)
+        ended: list[tuple[str, str, Any]] = []
+        normed: list[jax.Array] = []
 
         def record(cls: type, name: str) -> type:
             """A class that does the same and leaves its output here."""
@@ -139,7 +140,7 @@ def _nnx(call: Mapping[str, Any]) -> Callable[..., list[_Output]]:
                 if isinstance(self, _NNX_NORMS):
                     normed.extend(args[:1])
                 output = cls.__call__(self, *args, **kwargs)
-                found.append((name, cls.__name__, output))
+                ended.append((name, cls.__name__, output))
                 return output
 
             return type(cls.__name__, (cls,), {"__call__": called})
@@ -155,10 +156,11 @@ def _nnx(call: Mapping[str, Any]) -> Callable[..., list[_Output]]:
                 object.__setattr__(node, "__class__", recorded)
         model(images, **call)
         calls: dict[str, int] = {}
-        for i, (name, kind, output) in enumerate(found):
+        found = []
+        for name, kind, output in ended:
             calls[name] = calls.get(name, 0) + 1
             again = f" ({calls[name]})" if calls[name] > 1 else ""
-            found[i] = _Output(name + again, kind, _is_in(output, normed), _numbers(output))
+            found.append(_Output(name + again, kind, _is_in(output, normed), _numbers(output)))
         return found
 
     return lambda model, images: run(*nnx.split(model), images)
@@ -167,8 +169,12 @@ def _nnx(call: Mapping[str, Any]) -> Callable[..., list[_Output]]:
 def _engine(network: Network, engine: Engine) -> Callable[..., list[_Output]]:
     """Of a network of the design space, which nothing is compiled for."""
     plan = make_plan(network.wiring())
-    norms = [step for step in plan.steps if isinstance(step.unit, NormSum)]
-    normed = {v for step in norms for v in step.inputs[: step.unit.normed_terms]}
+    normed = {
+        value
+        for step in plan.steps
+        if isinstance(step.unit, NormSum)
+        for value in step.inputs[: step.unit.normed_terms]
+    }
 
     def run(variables, images):
         images = jax.device_put(images, engine.split)
@@ -210,10 +216,13 @@ def recorder(model: nn.Module | nnx.Module, *, engine: Engine | None = None, **c
             raise ValueError(
                 f"{type(model).__name__} has no layer with parameters of its own to look at"
             )
-        return [
-            LayerStatistics(o.layer, o.kind, *map(float, o.numbers), normalised=o.normalised)
-            for o in outputs
-        ]
+        found = []
+        for o in outputs:
+            mean, variance, zeros, broken = map(float, o.numbers)
+            found.append(
+                LayerStatistics(o.layer, o.kind, mean, variance, zeros, broken, o.normalised)
+            )
+        return found
 
     return statistics
 
