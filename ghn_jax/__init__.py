@@ -18,6 +18,12 @@ from ghn_jax.deepnets1m.sampling import RULES, SPLITS, Rules, sample_architectur
 from ghn_jax.deepnets1m.wiring import DisconnectedError
 from ghn_jax.engine import Engine
 from ghn_jax.evaluation import NetworkTraining, apply_on_batch, average_statistics, to_bfloat16
+from ghn_jax.evaluation.activations import (
+    LayerStatistics,
+    NormFinding,
+    activation_statistics,
+    norm_check,
+)
 from ghn_jax.evaluation.reinitialise import add_noise, orthogonalise
 from ghn_jax.hypernet import GHN, ghn1, load_ghn, mlp_baseline, pad_graphs, save_ghn
 from ghn_jax.interop import from_torch, load_torch_ghn, save_torch_ghn, to_torch
@@ -26,9 +32,10 @@ from ghn_jax.tracing import ParameterReport, PredictionReport, model_graph, pred
 from ghn_jax.training.meta_loss import meta_loss
 
 __all__ = ["DARTS", "GHN", "PDARTS", "PRIMITIVES", "RULES", "SPLITS", "VIT", "Architecture",
-  "DisconnectedError", "Engine", "Genotype", "Graph", "NetworkTraining", "ParameterReport",
-  "PredictionReport", "Rules", "add_noise", "apply_on_batch", "average_statistics", "build_graph",
-  "build_network", "count_flops", "count_parameters", "draw", "evaluation_set", "from_torch",
-  "ghn1", "load_ghn", "load_torch_ghn", "meta_loss", "mlp_baseline", "model_graph",
-  "orthogonalise", "pad_graphs", "predict", "predict_model", "sample_architecture", "save_ghn",
-  "save_torch_ghn", "to_bfloat16", "to_torch", "zoo"]  # fmt: skip
+  "DisconnectedError", "Engine", "Genotype", "Graph", "LayerStatistics", "NetworkTraining",
+  "NormFinding", "ParameterReport", "PredictionReport", "Rules", "activation_statistics",
+  "add_noise", "apply_on_batch", "average_statistics", "build_graph", "build_network",
+  "count_flops", "count_parameters", "draw", "evaluation_set", "from_torch", "ghn1", "load_ghn",
+  "load_torch_ghn", "meta_loss", "mlp_baseline", "model_graph", "norm_check", "orthogonalise",
+  "pad_graphs", "predict", "predict_model", "sample_architecture", "save_ghn", "save_torch_ghn",
+  "to_bfloat16", "to_torch", "zoo"]  # fmt: skip

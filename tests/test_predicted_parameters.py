@@ -76,7 +76,7 @@ def test_by_the_command_with_trained_parameters(tmp_path, monkeypatch, capsys):
     assert records["one"]["diversity"] < records["He and SGD"]["diversity"]
     (_, arch), *_ = of_file(file)
     params, other = (
-        experiment._of_file(tmp_path / "sgd" / "parameters" / f"{n}.safetensors")
+        experiment.read_parameters(tmp_path / "sgd" / "parameters" / f"{n}.safetensors")
         for n, _ in of_file(file)
     )
     # Networks do not start from equal numbers because their parameters have equal names.

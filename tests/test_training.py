@@ -361,9 +361,11 @@ def records(folder):
 def test_metrics_have_one_record_for_each_update(runs):
     found = records(runs / "whole")
     assert [r["step"] for r in found] == [1, 2, 3, 4]
-    keys = ["step", "loss", "top1", "seconds", "waited", "nodes", "architectures", "compilations"]
+    keys = ["step", "loss", "top1", "grad_norm", "seconds", "waited", "nodes", "architectures",
+            "compilations"]  # fmt: skip
     assert all(list(r) == keys for r in found)
     assert all(0 < r["waited"] < r["seconds"] for r in found)
+    assert all(0 < r["grad_norm"] < 1000 for r in found)
     assert [r["architectures"] for r in found] == [2, 4, 6, 8]
     assert found[0]["nodes"] == sum(len(GHN().graph(a, image_size=SIZE)) for a in ARCHITECTURES[:2])
     assert found[0]["compilations"] > 0

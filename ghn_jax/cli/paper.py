@@ -36,6 +36,11 @@ EXPERIMENTS = {
     "predicted-parameters": "diversity and sparsity of predicted parameters (Table 12)",
     "ablations": "GHN-2 without its parts, and variants of it (Tables 5, 8); also table5, table8",
     "training-architectures": "accuracy by the number of training architectures (Fig. 3)",
+    "activations": "variance of activations under predicted parameters (Fig. 8)",
+    "generalisation": "accuracy by width, depth and number of nodes (Fig. 10)",
+    "convergence": "training from predicted and from random parameters (Fig. 13)",
+    "meta-batches": "training by meta-batch size (Fig. 9)",
+    "training-speed": "seconds of an update of hypernetworks (Table 13)",
     "few-shot": "fine-tuning on 100 images of each class (Table 6, left)",
     "detection": "detection of pedestrians (Table 6, right)",
 }

@@ -125,6 +125,20 @@ def evaluate_network(
     return accuracies
 
 
+def draw_parameter(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A parameter by its name in Flax, as He initialisation draws it; norms' at 1 and biases at 0.
+
+    Args:
+      name: 'kernel', 'embedding', 'scale' or 'bias'.
+      shape: with the output's channels last.
+      rng: is used up for kernels and embeddings.
+    """
+    if name in ("scale", "bias"):
+        return np.full(shape, float(name == "scale"), np.float32)
+    fan_in = 2 if name == "embedding" else np.prod(shape[:-1])  # of std 1
+    return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
+
+
 def random_parameters(network: nn.Module, image_size: int, seed: int):
     """He-initialised parameters of a network, a pure function of the seed.
 
@@ -133,15 +147,9 @@ def random_parameters(network: nn.Module, image_size: int, seed: int):
     images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
     rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name = path[-1].key
-        if name in ("scale", "bias"):
-            return np.full(leaf.shape, float(name == "scale"), np.float32)
-        fan_in = 2 if name == "embedding" else np.prod(leaf.shape[:-1])  # of std 1
-        return rng.standard_normal(leaf.shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: draw_parameter(path[-1].key, leaf.shape, rng), shapes
+    )
 
 
 def predict_network(

@@ -293,10 +293,12 @@ class Log:
         seconds, self._last = time.perf_counter() - self._last, time.perf_counter()
         self._seen += len(batch.architectures)
         loss, programs = float(metrics.loss), self._compilations.count
+        norm = float(metrics.grad_norm)
         record = {
             "step": step,
             "loss": loss if metrics.applied and math.isfinite(loss) else None,
             "top1": float(metrics.top1),
+            "grad_norm": norm if metrics.applied and math.isfinite(norm) else None,
             "seconds": round(seconds, 4),
             "waited": round(waited, 4),
             "nodes": batch.nodes,

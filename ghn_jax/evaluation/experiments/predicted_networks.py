@@ -12,11 +12,12 @@ there is not computed again. `ghn-eval` does it for one hypernetwork and a few n
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ghn_jax.data.images import load_images
+from ghn_jax.data.images import Images, load_images
 from ghn_jax.deepnets1m.evaluation_sets import EVALUATION_SIZES
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
@@ -24,6 +25,7 @@ from ghn_jax.evaluation.experiments.cluster import ClusterConfig, run_units
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.networks import Named, of_split
 from ghn_jax.hypernet.checkpoint import load_ghns
+from ghn_jax.hypernet.ghn import GHN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +82,36 @@ def settings(config: Config) -> dict:
     return describe("predicted_networks", config, without=where)
 
 
-def run(config: Config) -> list[dict]:
-    """Evaluates what has no record yet; writes a table; returns all records.
+def load_ghns_for(paths: Iterable[Path], images: Images) -> dict[str, tuple[GHN, dict]]:
+    """`load_ghns`, for the classes of a set of images.
 
     Raises:
-      ValueError: options that cannot work, or a folder with records of other options.
+      ValueError: one predicts classifiers for another number of classes.
     """
-    images, ghns = (
-        load_images(config.dataset, "test", data_dir=config.data_dir, image_size=config.image_size),
-        load_ghns(config.ghn),
-    )
+    ghns = load_ghns(paths)
     for name, (ghn, _) in ghns.items():
         if ghn.num_classes != images.num_classes:
-            raise ValueError(f"{config.dataset} has {images.num_classes} classes, but {name} "
-                             f"predicts classifiers for {ghn.num_classes}")  # fmt: skip
-    nets = networks(config, images.image_size)
-    records = Records.open(config.out, settings(config), config.unit)
-    if config.cluster.cluster is not None:
-        run_units(run, config, config.start, config.start + len(nets))
-        records = Records.open(config.out, settings(config))
+            raise ValueError(f"{images.name} has {images.num_classes} classes, but {name} predicts "
+                             f"classifiers for {ghn.num_classes}")  # fmt: skip
+    return ghns
+
+
+def evaluate_missing(
+    records: Records,
+    ghns: Mapping[str, tuple[GHN, dict]],
+    nets: Sequence[Named],
+    images: Images,
+    batch_size: int,
+) -> list[dict]:
+    """Evaluates networks that have no record yet; returns the records of all of them.
+
+    Args:
+      records: get one for each hypernetwork and network, 'ghn2: test[7]'.
+      ghns: hypernetworks by name.
+      nets: whose parameters they predict; names begin with the split.
+      images: to evaluate on.
+      batch_size: images in a batch.
+    """
     names = [f"{method}: {name}" for method in ghns for name, _ in nets]
     engine = Engine()
     missing = sum(name not in records for name in names)
@@ -114,10 +127,27 @@ def run(config: Config) -> list[dict]:
                 bar.set_postfix_str(f"{name} {record['top1']:.1%}")
 
             evaluate_ghn(
-                ghn, variables, todo, images,
-                batch_size=config.batch_size, engine=engine, report=report,
-            )  # fmt: skip
-    found = [records[name] for name in names]
+                ghn, variables, todo, images, batch_size=batch_size, engine=engine, report=report
+            )
+    return [records[name] for name in names]
+
+
+def run(config: Config) -> list[dict]:
+    """Evaluates what has no record yet; writes a table; returns all records.
+
+    Raises:
+      ValueError: options that cannot work, or a folder with records of other options.
+    """
+    images = load_images(
+        config.dataset, "test", data_dir=config.data_dir, image_size=config.image_size
+    )
+    ghns = load_ghns_for(config.ghn, images)
+    nets = networks(config, images.image_size)
+    records = Records.open(config.out, settings(config), config.unit)
+    if config.cluster.cluster is not None:
+        run_units(run, config, config.start, config.start + len(nets))
+        records = Records.open(config.out, settings(config))
+    found = evaluate_missing(records, ghns, nets, images, config.batch_size)
     if not config.unit:
         write_beside(config.out / "table.md", table(found))
         print(table(found))

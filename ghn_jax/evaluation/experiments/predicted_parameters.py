@@ -105,7 +105,7 @@ def look_at(graph: Graph, params: Mapping, shape: Sequence[int]) -> tuple[list[n
     return found, sparsity(_kernel(graph, kernels[0], params))
 
 
-def _of_file(path: Path) -> dict:
+def read_parameters(path: Path) -> dict:
     """A `params` tree that `trained-networks --keep-parameters` wrote."""
     params: dict = {}
     for name, array in safetensors.numpy.load_file(path).items():
@@ -142,7 +142,7 @@ def _methods(config: Config) -> dict[str, Parameters]:
 
         def trained(name: str, arch: Architecture, seed: int) -> Mapping | None:
             path = folder / f"{name}.safetensors"
-            return _of_file(path) if path.exists() else None
+            return read_parameters(path) if path.exists() else None
 
         methods[SGD] = trained
     return methods
