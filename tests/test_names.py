@@ -115,7 +115,7 @@ def test_scripts_are_thin():
 def test_packages_import_no_package_above_them():
     """The order in which packages stand: each imports only from those before it."""
     order = ["deepnets1m", "zoo", "data", "plot", "hypernet", "engine", "tracing", "training",
-             "evaluation", "interop", "cli"]  # fmt: skip
+             "detection", "evaluation", "interop", "cli"]  # fmt: skip
     for path in ROOT.glob("ghn_jax/*/**/*.py"):
         package = path.relative_to(ROOT / "ghn_jax").parts[0]
         for node in ast.walk(ast.parse(path.read_text())):
@@ -139,7 +139,7 @@ def test_requirements_are_those_of_all_extras():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     listed = {re.sub(r"\s*#.*", "", line) for line in lines} - {""}
     extras = PROJECT["optional-dependencies"]
-    parts = ("train", "plot", "cluster")
+    parts = ("train", "plot", "cluster", "detection")
     assert listed == {*PROJECT["dependencies"], *(line for part in parts for line in extras[part])}
     assert extras["all"] == [f"ghn_jax[{','.join(parts)}]"]
 
@@ -149,8 +149,8 @@ import sys
 class NotInstalled:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
-        if top in {"matplotlib", "tensorflow_datasets", "array_record", "sklearn",
-                   "submitit"}:
+        if top in {"matplotlib", "markdown", "tensorflow_datasets", "array_record", "sklearn",
+                   "submitit", "pycocotools"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=top)
 sys.meta_path.insert(0, NotInstalled())
 from ghn_jax.cli import convert, deepnets1m, evaluate, predict, train
