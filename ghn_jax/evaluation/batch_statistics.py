@@ -12,6 +12,8 @@ from typing import cast
 import flax.linen as nn
 import jax
 
+from ghn_jax.tracing.named_axes import bind_axes
+
 
 def _on_batch(momentum):
     """Calls every `nn.BatchNorm` on the statistics of its input, whatever it was told to use."""
@@ -25,9 +27,11 @@ def _on_batch(momentum):
         kwargs = {**kwargs, "use_running_average": None}
         norm = module.clone(parent=None, name=None, use_running_average=False, momentum=momentum)
         ours.append(norm)
-        # The second argument is use_running_average.
-        y, updated = norm.apply(module.variables, *args[:1], mutable=["batch_stats"], **kwargs)
-        ours.pop()
+        try:
+            # The second argument is use_running_average.
+            y, updated = norm.apply(module.variables, *args[:1], mutable=["batch_stats"], **kwargs)
+        finally:
+            ours.pop()
         if module.is_mutable_collection("batch_stats"):
             for name, value in updated["batch_stats"].items():
                 module.put_variable("batch_stats", name, value)
@@ -65,8 +69,9 @@ def apply_on_batch(model: nn.Module, variables: Mapping, images: jax.Array, **ca
     Raises:
       ValueError: a batch norm that is not `nn.BatchNorm`, whose statistics cannot be replaced.
     """
+    run = bind_axes(lambda variables, images: model.apply(variables, images, **call))
     with _on_batch(momentum=0.0):
-        return cast(jax.Array, model.apply(variables, images, **call))
+        return cast(jax.Array, run(variables, images))
 
 
 def average_statistics(
@@ -92,6 +97,7 @@ def average_statistics(
         raise ValueError("the variables have no 'batch_stats'; only batch norm has statistics")
 
     @jax.jit
+    @bind_axes
     def update(variables, images, momentum):
         with _on_batch(momentum):
             _, updated = model.apply(variables, images, mutable=["batch_stats"], **call)

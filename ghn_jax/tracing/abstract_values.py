@@ -121,7 +121,7 @@ def unknown_axes(shape: Sequence[int]) -> Axes:
     return tuple(((UNKNOWN, size),) for size in shape)
 
 
-def resize(axes: Axes, shape: Sequence[int]) -> Axes:
+def resize(axes: Sequence, shape: Sequence[int]) -> Axes:
     """The axes of a value of which each axis was cut, padded or repeated."""
     return tuple(
         axis
@@ -159,16 +159,38 @@ def spatial_axes(spec: Sequence[int], shape) -> Axes:
 
 
 def product_axes(a: Value, b: Value, contract, batch, shape) -> Axes:
-    """The axes of dot_general's output: batch, free axes of the left, of the right."""
+    """The axes of dot_general's output: batch, free axes of the left, of the right.
+
+    Of a constant, the free axis lies where the axis was that it contracts, as in a resize.
+    """
     parts: list[tuple] = []
     known = [getattr(x, "axes", None) for x in (a, b)]
     reference = 0 if known[0] is not None else 1
     parts += [known[reference][i] for i in batch[reference]]
     for x, side in zip(known, (0, 1), strict=True):
         if x is None:
-            break
+            (other,) = [y for y in known if y is not None]
+            free = len(shape) - len(other) + len(contract[side])
+            mapped = [other[i][:1] for i in contract[1 - side]]
+            parts += mapped if free == len(mapped) == 1 else [((UNKNOWN, 1),)] * free
+            continue
         used = {*contract[side], *batch[side]}
         parts += [axis for i, axis in enumerate(x) if i not in used]
     if len(parts) != len(shape):
         return unknown_axes(shape)
     return resize(tuple(parts), shape)
+
+
+def looked_up_axes(axes: Axes, numbers, sizes: Sequence[int], shape) -> Axes:
+    """The axes of a gather's output: rows of one axis (or slices), in the places of the indices."""
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    if len(gone) != 1 or len(numbers.offset_dims) != len(axes) - 1:
+        return resize(axes, shape) if len(axes) == len(shape) else unknown_axes(shape)
+    at = [i for i in range(len(shape)) if i not in numbers.offset_dims]
+    places = [shape[i] for i in at]
+    (row,) = resize((axes[gone[0]],), [math.prod(places)])
+    found = dict(zip(at, regroup((row,), places), strict=True))
+    rest = [i for i in range(len(axes)) if i not in gone]
+    kept = resize([axes[i] for i in rest], [sizes[i] for i in rest])
+    found |= zip(numbers.offset_dims, kept, strict=True)
+    return tuple(found[i] for i in range(len(shape)))

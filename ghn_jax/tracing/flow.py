@@ -109,8 +109,13 @@ class Flow:
                 found[at] = None
         return list(found)
 
-    def graph(self, output: int, virtual_edges: int) -> tuple[Graph, list[int]]:
+    def graph(self, output: int, virtual_edges: int, classes: int) -> tuple[Graph, list[int]]:
         """The graph of everything that reaches a row, and the row of each of its nodes.
+
+        Args:
+          output: the row.
+          virtual_edges: see `graph.build_graph`.
+          classes: of the model, by which the heads of an ensemble are known.
 
         Raises:
           ValueError: no path leads from the input to the output, or there are too many nodes.
@@ -140,15 +145,18 @@ class Flow:
             param_shapes=[row.shape for row in rows],
             names=[row.name or row.primitive for row in rows],
             cells=np.zeros(len(rows), np.int32),
-            classifier=_classifier(rows, sources, [place[r] for r in last]),
+            classifier=_classifier(rows, sources, [place[r] for r in last], classes),
         )
         return graph, kept
 
 
-def _classifier(rows: list[Row], sources: list[list[int]], last: list[int]) -> tuple[int, ...]:
+def _classifier(
+    rows: list[Row], sources: list[list[int]], last: list[int], classes: int
+) -> tuple[int, ...]:
     """The nodes of the weight and the bias that the output is made by; () where it is by others.
 
-    Followed from the output: a pooling may come after (SqueezeNet), a bias may be missing.
+    Followed from the output: a pooling may come after (SqueezeNet), a bias may be missing. An
+    ensemble's heads are all classifiers: their logits are added up, or stacked and averaged.
     """
     bias: tuple[int, ...] = ()
     while len(last) == 1:
@@ -159,7 +167,17 @@ def _classifier(rows: list[Row], sources: list[list[int]], last: list[int]) -> t
             return (node, *bias) if dense else ()
         if primitive == "bias" and not bias:
             bias = (node,)
-        elif primitive not in ("glob_avg", "avg_pool"):
-            break
+        elif primitive not in ("glob_avg", "avg_pool", "sum", "concat"):
+            return ()
         last = sources[node]
-    return ()
+    heads = [_classifier(rows, sources, [node], classes) for node in last]
+    if bias or not all(head and rows[head[0]].shape[0] == classes for head in heads):
+        return ()
+    found = dict.fromkeys(node for head in heads for node in head)
+    above, ahead = set(), [source for head in heads for source in sources[head[0]]]
+    while ahead:
+        at = ahead.pop()
+        if at not in above:
+            above.add(at)
+            ahead += sources[at]
+    return () if above & found.keys() else tuple(found)  # of a residual, one is above another

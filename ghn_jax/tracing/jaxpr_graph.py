@@ -33,6 +33,7 @@ from ghn_jax.tracing.abstract_values import (
     Value,
     image_axes,
     labels_of,
+    looked_up_axes,
     merge,
     product_axes,
     regroup,
@@ -104,7 +105,7 @@ class _Reader:
     Attributes:
       flow: the rows so far.
       names, shapes: of the parameters.
-      roles: parameter -> (row, placement's fields) of the row that it was first used by.
+      roles: parameter -> (row, placement's fields) of each row that uses it, in order.
       reasons: parameter -> why no node makes it.
       notes: what was mapped to the nearest primitive, or to none.
     """
@@ -112,7 +113,7 @@ class _Reader:
     def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
         self.flow = Flow()
         self.names, self.shapes = names, shapes
-        self.roles: dict[int, tuple[int, str, tuple[str, ...], int]] = {}
+        self.roles: dict[int, list[tuple[int, str, tuple[str, ...], int]]] = {}
         self.reasons: dict[int, str] = {}
         self.notes: dict[str, None] = {}
 
@@ -239,12 +240,20 @@ class _Reader:
         if missing:
             self.leave(p, f"only a part of it is used at a time (axis {missing[0]})")
             return False
-        if p.leaf in self.roles:
-            self.note(f"{self.names[p.leaf]} is shared; its first use decides")
-            return False
         axes = tuple(roles.get(axis, "") if n > 1 else "" for axis, n in enumerate(shape))
-        self.roles[p.leaf] = row, tensor, axes, skip
+        self.roles.setdefault(p.leaf, []).append((row, tensor, axes, skip))
         return True
+
+    def forget_tokens(self) -> None:
+        """Leaves class tokens that something is added to, as a residual does: they are no biases.
+
+        What is added to activations and used otherwise as well, concatenated say, is a token.
+        """
+        tokens = self.roles.keys() & self.reasons.keys()
+        for row in self.flow.rows:
+            if row.primitive == "bias" and row.weight in tokens:
+                self.roles.pop(row.weight, None)
+                row.primitive, row.shape = THROUGH, None
 
     def weight(self, p: Parameter, primitive: str, source: int, axes: dict, where: str) -> int:
         """Adds the row of a kernel.
@@ -325,7 +334,8 @@ class _Reader:
             return Activation(row, (*batch_axes, *x_free, *p_free), fresh=True)
         if data:
             return dataclasses.replace(data[0], axes=axes)
-        mixed = self.elementwise("dot_general", [a, b], [], shape, where)
+        of = "dot_general" if len(parameters) == 2 else "a linear map, such as a resize,"
+        mixed = self.elementwise(of, [a, b], [], shape, where)
         return dataclasses.replace(mixed, axes=axes)
 
     def _dense(self, x: Value, p: Parameter, contract, batch, where: str):
@@ -433,6 +443,8 @@ class _Reader:
                 axes[at[i]] if i in at and before[at[i]] == size else ()
                 for i, size in enumerate(shape)
             )
+        elif name == "gather":
+            axes = looked_up_axes(axes, params["dimension_numbers"], params["slice_sizes"], shape)
         elif len(axes) == len(shape):
             axes = resize(axes, shape)
         else:
@@ -599,9 +611,13 @@ class _Reader:
         grid = [i for i, axis in enumerate(x.axes) if {label for label, _ in axis} == {SPACE}]
         height, *rest = [math.prod(n for _, n in p.axes[i]) for i in grid]
         width, skip = math.prod(rest), 0
+        positions = math.prod(shape[axis] for axis in space)
+        if positions != height * width and not p.changed:
+            how = f"a resize from {positions} to {height * width} positions"
+            p = dataclasses.replace(p, changed=how)
         if len(grid) == 1:  # tokens: a square grid, perhaps after class tokens
-            height = width = math.isqrt(shape[space[0]])
-            skip = shape[space[0]] - height * width
+            height = width = math.isqrt(positions)
+            skip = positions - height * width
         at = self.flow.add(
             "pos_enc",
             [],
@@ -610,7 +626,7 @@ class _Reader:
             weight=p.leaf,
         )
         if skip > 1:
-            self.leave(p, f"{shape[space[0]]} positions {_at(where)} are no square grid")
+            self.leave(p, f"{positions} positions {_at(where)} are no square grid")
         else:
             roles = {axis: "s" if label == SPACE else "c" for axis, label in along.items()}
             self.place(p, at, "embedding", roles, skip)
@@ -666,12 +682,14 @@ class Reading(NamedTuple):
       placements: parameter (its number) -> where it comes from, for those that a node makes.
       reasons: parameter -> why no node makes it, for all others.
       notes: what was mapped to the nearest primitive, or to none, and where.
+      outputs: size of the output's last axis: the model's classes.
     """
 
     graph: Graph
     placements: dict[int, Placement]
     reasons: dict[int, str]
     notes: tuple[str, ...]
+    outputs: int
 
 
 def read_graph(
@@ -697,6 +715,9 @@ def read_graph(
             f"the model returns {len(outputs)} arrays; allowed: one, the logits. Give a module "
             "that returns those only (pass what turns the others off as a keyword: train=False)"
         )
+    # What does not reach the output is no part of the graph, and decides on nothing.
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
+    read = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, core.Literal)}
     leaves = jax.tree.leaves(params)
     reader = _Reader(names, [leaf.shape for leaf in leaves])
     inputs: list[Value] = [
@@ -706,23 +727,29 @@ def read_graph(
     inputs += [Constant(state=True)] * len(jax.tree.leaves(state))
     inputs.append(Activation(0, image_axes(sample.shape)))
     consts: list[Value] = [Constant() for _ in closed.consts]
-    (last,) = reader.run(closed.jaxpr, consts, inputs, "")
+    (last,) = reader.run(jaxpr, consts, inputs, "")
     if isinstance(last, (Constant, Parameter)):
         raise ValueError("the model's output does not depend on its input; nothing to predict")
-    graph, kept = reader.flow.graph(reader.activation(last).row, virtual_edges)
+    reader.forget_tokens()
+    classes = (outputs[0].shape or (1,))[-1]
+    graph, kept = reader.flow.graph(reader.activation(last).row, virtual_edges, classes)
     node_of = {row: node for node, row in enumerate(kept)}
     placements, reasons = {}, {}
-    for leaf in range(len(leaves)):
-        if leaf in reader.roles:
-            row, tensor, roles, skip = reader.roles[leaf]
-            if row in node_of:
-                placements[leaf] = Placement(node_of[row], tensor, roles, skip)
-                continue
-        reasons[leaf] = reader.reasons.get(leaf, "it does not reach the output")
+    for leaf, var in enumerate(jaxpr.invars[: len(leaves)]):
+        uses = [use for use in reader.roles.get(leaf, []) if use[0] in node_of]
+        if uses:
+            row, *rest = uses[0]
+            placements[leaf] = Placement(node_of[row], *rest)
+            if len(uses) > 1:
+                reader.note(f"{names[leaf]} is shared; its first use decides")
+        elif var in read:
+            reasons[leaf] = reader.reasons.get(leaf, "no primitive stands for how it is used")
+        else:
+            reasons[leaf] = "it does not reach the output"
     if not placements:
         why = "; ".join(f"{names[leaf]}: {reasons[leaf]}" for leaf in list(reasons)[:5])
         raise ValueError(f"no parameter of the model belongs to one of the primitives ({why})")
-    return Reading(graph, placements, reasons, tuple(reader.notes))
+    return Reading(graph, placements, reasons, tuple(reader.notes), classes)
 
 
 def read_init(init: Callable, key) -> tuple[Any, Callable[[Sequence[int]], list[jax.Array]]]:

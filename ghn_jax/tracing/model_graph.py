@@ -22,6 +22,7 @@ from flax import nnx
 
 from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.tracing.jaxpr_graph import Reading, read_graph, read_init
+from ghn_jax.tracing.named_axes import bind_axes
 
 # Of JAX's settings, those that decide on types and initial values.
 _SETTINGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
@@ -183,7 +184,7 @@ def _trace_variables(model, sample, virtual_edges, initial, seed, call) -> Trace
     key = jax.random.key(seed)
     if initial is None:
         # Other streams of random numbers than 'params' (dropout) fall back to it.
-        init = functools.partial(_init_linen, model, call, sample)
+        init = bind_axes(functools.partial(_init_linen, model, call, sample))
         variables, compute = read_init(init, key)
     else:
         variables = initial
@@ -215,7 +216,7 @@ def _trace_variables(model, sample, virtual_edges, initial, seed, call) -> Trace
     params = variables["params"]
     paths = _paths(params)
     return TracedModel(
-        read_graph(apply, params, rest, sample, paths, virtual_edges),
+        read_graph(bind_axes(apply), params, rest, sample, paths, virtual_edges),
         paths,
         jax.tree.leaves(params),
         lambda wanted: compute([number_of[i] for i in wanted]),
@@ -239,7 +240,8 @@ def _trace_nnx(model, sample, virtual_edges, call) -> TracedModel:
 
     def apply(params, rest, x):
         own = {name: nnx.merge(graph, _copy(state)) for name, (graph, state) in graphs.items()}
-        return nnx.merge(definition, params, rest)(x, **{**call, **own})
+        module = nnx.merge(definition, _copy(params), _copy(rest))  # of this trace, to be updated
+        return module(x, **{**call, **own})
 
     def initial(wanted):
         abstract = [paths[i] for i in wanted if isinstance(leaves[i], jax.ShapeDtypeStruct)]
@@ -252,7 +254,7 @@ def _trace_nnx(model, sample, virtual_edges, call) -> TracedModel:
 
     paths = _paths(params)
     return TracedModel(
-        read_graph(apply, params, rest, sample, paths, virtual_edges),
+        read_graph(bind_axes(apply), params, rest, sample, paths, virtual_edges),
         paths,
         leaves,
         initial,

@@ -85,9 +85,9 @@ def predict_model(
             f"the input {tuple(sample.shape)} is not a batch of images (B, H, W, C), which "
             "hypernetworks are trained for"
         )
-    graph, why = _head(reading.graph, ghn.num_classes, keep_head)
+    graph, why = _head(reading.graph, reading.outputs, ghn.num_classes, keep_head)
     if not graph.classifier:
-        notes.append("the output is not made by a linear layer; no node is a classifier")
+        notes.append("no linear layer alone makes the output; no node is a classifier")
     for leaf, placement in list(placements.items()):
         reason: str | None
         if why and placement.node in graph.classifier:
@@ -125,18 +125,22 @@ def predict_model(
     return traced.rebuild(ordered), PredictionReport(tuple(rows), tuple(notes), len(graph))
 
 
-def _head(graph: Graph, num_classes: int, keep: bool) -> tuple[Graph, str]:
+def _head(graph: Graph, outputs: int, num_classes: int, keep: bool) -> tuple[Graph, str]:
     """The graph with its classifier as it is to be encoded, and why that is not predicted."""
     if not graph.classifier:
         return graph, ""
     classes = shape_of(graph, graph.classifier[0])[0]
     if classes == num_classes:
         return graph, "keep_head" if keep else ""
+    why = f"the classifier is for {classes} classes, the hypernetwork for {num_classes}"
+    if classes != outputs:  # the heads of an ensemble in one tensor
+        why = f"the last layer makes {classes} values, of which come {outputs} outputs; the "
+        why += f"hypernetwork's classifiers are for {num_classes} classes"
     shapes = list(graph.param_shapes)
     for node in graph.classifier:
         shapes[node] = (num_classes, *shape_of(graph, node)[1:])
     graph = dataclasses.replace(graph, param_shapes=shapes)
-    return graph, f"the classifier is for {classes} classes, the hypernetwork for {num_classes}"
+    return graph, why
 
 
 def _needs_initial(placement: Placement | None) -> bool:
