@@ -147,7 +147,7 @@ def test_layouts(ghn, small):
     tensors = model.tensors(variables, reading.graph)
 
     def tensor(path):
-        placement = reading.placements[paths.index(path)]
+        (placement,) = reading.placements[paths.index(path)]
         return tensors[placement.node][placement.tensor]
 
     def close(value, expected):

@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 from ghn_jax.deepnets1m.graph import MAX_GRAPH_NODES, PRIMITIVE_ID, Graph, shortest_paths
+from ghn_jax.tracing.abstract_values import Key
 
 # What no primitive stands for: edges pass through it.
 THROUGH = "through"
@@ -28,22 +29,28 @@ class Row:
       sources: the rows that it reads, all of them before it.
       shape: of its parameter in PyTorch's order (out, in, height, width), or None.
       name: of its parameter.
-      weight, bias: which parameters it was made from; None for none.
+      weight, bias: which parameters it was made from (`abstract_values.Key`); None for none.
     """
 
     primitive: str
     sources: list[int]
     shape: tuple[int, ...] | None = None
     name: str = ""
-    weight: int | None = None
-    bias: int | None = None
+    weight: Key | None = None
+    bias: Key | None = None
 
 
 class Flow:
-    """The rows of one model; row 0 is its input."""
+    """The rows of one model; row 0 is its input.
+
+    Attributes:
+      rows: in order.
+      lanes: a row that stands for layers side by side -> the row of each.
+    """
 
     def __init__(self):
         self.rows: list[Row] = [Row("input", [])]
+        self.lanes: dict[int, list[int]] = {}
         self._joined: dict[tuple, int] = {}
 
     def add(self, primitive: str, sources: list[int], **fields) -> int:
@@ -57,6 +64,17 @@ class Flow:
         if key not in self._joined:
             self._joined[key] = self.add(primitive, sources)
         return self._joined[key]
+
+    def lanes_of(self, row: int, count: int) -> list[int]:
+        """What each of some layers side by side reads: all read a row that is none of lanes."""
+        lanes = self.lanes.get(row, [])
+        return lanes if len(lanes) == count else [row] * count
+
+    def abreast(self, rows: list[int]) -> int:
+        """The row that stands for layers side by side."""
+        row = self.join(THROUGH, rows)
+        self.lanes[row] = rows
+        return row
 
     def origin(self, row: int) -> int:
         """The row that a row is a function of: itself, unless it is a sum of one (x + x**3)."""

@@ -10,7 +10,8 @@ nodes' tensors (`GHN.tensors`), and each goes to its place in the model's tree.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -72,9 +73,9 @@ def predict_model(
 
     Raises:
       TypeError: the model is no Flax module.
-      ValueError: the model cannot be traced (several outputs; loops or branches with parameters
-        in them), no
-        parameter belongs to a primitive, or `strict` and some parameter is left.
+      ValueError: the model cannot be traced (several outputs; parameters in loops or branches that
+        depend on values), no parameter belongs to a primitive, or `strict` and some parameter is
+        left.
     """
     traced = trace_once(model, sample, ghn.virtual_edges, initial=initial, seed=seed, call=call)
     reading = traced.reading
@@ -88,12 +89,12 @@ def predict_model(
     graph, why = _head(reading.graph, reading.outputs, ghn.num_classes, keep_head)
     if not graph.classifier:
         notes.append("no linear layer alone makes the output; no node is a classifier")
-    for leaf, placement in list(placements.items()):
+    for leaf, places in list(placements.items()):
         reason: str | None
-        if why and placement.node in graph.classifier:
+        if why and any(place.node in graph.classifier for place in places):
             reason = why
         else:
-            reason = undecodable(graph.param_shapes[placement.node], ghn.max_shape)
+            reason = undecodable(graph.param_shapes[places[0].node], ghn.max_shape)
         if reason:
             reasons[leaf] = reason
             del placements[leaf]
@@ -104,12 +105,17 @@ def predict_model(
             f"values ({listed}); give strict=False to leave them"
         )
 
-    tensors = ghn.tensors(ghn_variables, graph, sorted({p.node for p in placements.values()}))
-    kept = [leaf for leaf in range(len(traced.leaves)) if _needs_initial(placements.get(leaf))]
+    nodes = sorted({place.node for places in placements.values() for place in places})
+    tensors = ghn.tensors(ghn_variables, graph, nodes)
+    kept = [
+        leaf
+        for leaf, value in enumerate(traced.leaves)
+        if leaf not in placements or not _is_whole(placements[leaf], value.shape)
+    ]
     values = dict(zip(kept, traced.initial(kept) if kept else [], strict=True))
-    for leaf, placement in placements.items():
-        tensor = tensors[placement.node][placement.tensor]
-        values[leaf] = _laid_out(tensor, placement, traced.leaves[leaf], values.get(leaf))
+    for leaf, places in placements.items():
+        made = [tensors[place.node][place.tensor] for place in places]
+        values[leaf] = _stacked(made, places, traced.leaves[leaf], values.get(leaf))
     ordered = [values[leaf] for leaf in range(len(traced.leaves))]
 
     rows = []
@@ -143,28 +149,59 @@ def _head(graph: Graph, outputs: int, num_classes: int, keep: bool) -> tuple[Gra
     return graph, why
 
 
-def _needs_initial(placement: Placement | None) -> bool:
-    return placement is None or placement.skip > 0
+def _is_whole(places: Sequence[Placement], shape) -> bool:
+    """Whether all of a parameter's values are predicted."""
+    axes = [axis for axis, _ in places[0].part]
+    return len(places) == math.prod(shape[axis] for axis in axes) and not places[0].skip
 
 
-def _laid_out(tensor, placement: Placement, leaf, initial) -> jax.Array:
-    """A parameter in the model's layout and type."""
-    shape, roles, skip = tuple(leaf.shape), placement.roles, placement.skip
+def _stacked(made: Sequence, places: Sequence[Placement], leaf, initial) -> jax.Array:
+    """A parameter in the model's layout and type, of the tensors of its layers."""
+    axes = [axis for axis, _ in places[0].part]
+    shape = tuple(leaf.shape)
+    layer = tuple(1 if axis in axes else n for axis, n in enumerate(shape))
+    found = {
+        place.part: _laid_out(tensor, place, layer, leaf.dtype, _part(initial, place.part))
+        for tensor, place in zip(made, places, strict=True)
+    }
+
+    def stack(part: tuple, axes: Sequence[int]):
+        if not axes:
+            return found[part] if part in found else _part(initial, part)
+        axis, *rest = axes
+        layers = [stack((*part, (axis, i)), rest) for i in range(shape[axis])]
+        return jnp.concatenate(layers, axis)
+
+    return stack((), axes)
+
+
+def _part(value, part):
+    """One of the layers that are stacked in an array, whose axes get size 1."""
+    if value is None:
+        return None
+    at = dict(part)
+    return value[
+        tuple(slice(at[i], at[i] + 1) if i in at else slice(None) for i in range(value.ndim))
+    ]
+
+
+def _laid_out(tensor, placement: Placement, shape, dtype, initial) -> jax.Array:
+    """A layer's tensor in the model's layout and type."""
+    roles, skip = placement.roles, placement.skip
     if placement.tensor == "embedding":
         tensor = tensor.reshape(-1, tensor.shape[-1])
     if not skip:
-        return jnp.asarray(place_tensor(tensor, roles, shape), leaf.dtype)
+        return jnp.asarray(place_tensor(tensor, roles, shape), dtype)
     axis = roles.index("s")
     grid = (*shape[:axis], shape[axis] - skip, *shape[axis + 1 :])
     first = jax.lax.slice_in_dim(initial, 0, skip, axis=axis)
-    return jnp.concatenate(
-        [first, jnp.asarray(place_tensor(tensor, roles, grid), leaf.dtype)], axis
-    )
+    return jnp.concatenate([first, jnp.asarray(place_tensor(tensor, roles, grid), dtype)], axis)
 
 
-def _row(ghn, graph, path, shape, placement, reason, norm) -> ParameterReport:
-    if placement is None:
+def _row(ghn, graph, path, shape, places, reason, norm) -> ParameterReport:
+    if places is None:
         return ParameterReport(path, tuple(shape), (), "", "", INITIAL, reason, norm, None)
+    placement = places[0]
     node = placement.node
     node_shape, kind = shape_of(graph, node), tile_kind(graph, node)
     assert kind is not None
@@ -172,6 +209,11 @@ def _row(ghn, graph, path, shape, placement, reason, norm) -> ParameterReport:
     if placement.skip:
         first = f"the first of {shape[placement.roles.index('s')]} positions is left"
         note = f"{first}; {note}" if note else first
+    layers = math.prod(shape[axis] for axis, _ in placement.part)
+    if len(places) < layers:
+        left = f"{layers - len(places)} of {layers} layers stacked in it are left: not used"
+        note = f"{left}; {note}" if note else left
+    he = he_norm(graph, node, placement.tensor)
     return ParameterReport(
         path,
         tuple(shape),
@@ -181,5 +223,5 @@ def _row(ghn, graph, path, shape, placement, reason, norm) -> ParameterReport:
         how_made(graph, node, ghn.max_shape),
         note,
         norm,
-        he_norm(graph, node, placement.tensor),
+        he * math.sqrt(len(places)),
     )
