@@ -173,11 +173,11 @@ def test_weights_of_any_layout(ghn):
     class Transposed(nn.Module):
         @nn.compact
         def __call__(self, x):
-            w = self.param("conv", nn.initializers.ones, (3, 8, 5, 3))
+            w = self.param("conv", nn.initializers.normal(), (3, 8, 5, 3))
             x = jax.lax.conv_general_dilated(
                 x, w, (4, 4), "SAME", dimension_numbers=("NHWC", "IOHW", "NHWC")
             )
-            w = self.param("dense", nn.initializers.ones, (10, 8))
+            w = self.param("dense", nn.initializers.normal(), (10, 8))
             return jnp.einsum("bc,oc->bo", x.mean((1, 2)), w)
 
     class Usual(nn.Module):
@@ -345,6 +345,89 @@ def test_predictions_are_differentiable(ghn):
     # Traced only: whatever left JAX on its way would raise an error.
     gradient = jax.eval_shape(jax.grad(loss), variables)
     assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, variables)
+
+
+# --- What is filled with one number on purpose ----------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """LoRA, a gated residual, a last layer of zeros, and what is as usual."""
+
+    def constant(self, name, shape, value):
+        return self.param(name, nn.initializers.constant(value), shape)
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), 8, name="stem")(x).mean((1, 2))
+        lora_a = self.param("lora_a", nn.initializers.normal(), (8, 2))
+        x = nn.Dense(8, name="dense")(x) + (x @ lora_a) @ self.constant("lora_b", (2, 8), 0.0)
+        gate = nn.LayerNorm(scale_init=nn.initializers.zeros, name="gate")
+        x = x + gate(nn.relu(nn.LayerNorm(name="norm")(x)))
+        bias = nn.initializers.constant(-10.0)
+        return nn.Dense(10, kernel_init=nn.initializers.zeros, bias_init=bias, name="head")(x)
+
+
+CONSTANTS = {"lora_b": "0", "gate/scale": "0", "head/kernel": "0", "head/bias": "-10"}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_is_constant_on_purpose_is_left(ghn, given):
+    initial = Adapted().init(jax.random.key(0), jnp.ones(IMAGES.shape)) if given else None
+    found, report = ghn_jax.predict_model(*ghn, Adapted(), IMAGES, initial=initial)
+    assert {p.path: p.note.split(";")[0] for p in report.left} == {
+        path: f"on purpose, the model fills it with {value}" for path, value in CONSTANTS.items()
+    }
+    np.testing.assert_array_equal(found["params"]["head"]["bias"], -10.0)
+    np.testing.assert_array_equal(found["params"]["lora_b"], 0.0)
+    assert "predict_constants=True" in report.left[0].note
+    all_of_it, report = ghn_jax.predict_model(
+        *ghn, Adapted(), IMAGES, initial=initial, predict_constants=True, strict=True
+    )
+    assert float(jnp.abs(all_of_it["params"]["lora_b"]).min()) > 0
+
+
+def test_constants_of_stacks_and_of_nnx_modules(ghn):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.Dense(8, kernel_init=nn.initializers.zeros, name="out")(x), None
+
+    class Blocks(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scanned = nn.scan(
+                Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+            )
+            x = nn.Conv(8, (3, 3), 8)(x).mean((1, 2))
+            return nn.Dense(10)(scanned(name="blocks")(x, None)[0])
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            zeros = nnx.initializers.zeros_init()
+            self.out = nnx.Linear(3, 10, kernel_init=zeros, rngs=rngs)
+            self.first = nnx.Linear(3, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(nnx.relu(self.first(x)).mean((1, 2)))
+
+    for model in (Blocks(), Nnx(nnx.Rngs(0))):
+        _, report = ghn_jax.predict_model(*ghn, model, IMAGES)
+        assert [p.path.removeprefix("blocks/") for p in report.left] == ["out/kernel"]
+        assert "fills it with 0" in report.left[0].note
+
+
+def test_kernels_that_the_model_rescales_are_told(ghn):
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.WeightNorm(nn.Conv(8, (3, 3), 8, name="a"))(x).mean((1, 2))
+            x = nn.SpectralNorm(nn.Dense(8, name="b"))(x, update_stats=False)
+            w = self.param("c", nn.initializers.normal(), (8, 8))
+            return nn.Dense(10)(x @ ((w - w.mean(0)) / (w.std(0) + 1e-5)))
+
+    _, report = ghn_jax.predict_model(*ghn, Normed(), IMAGES)
+    (note,) = report.notes
+    assert note.startswith("3 times: the model rescales ")
 
 
 # --- NNX ------------------------------------------------------------------------------------------

@@ -318,7 +318,7 @@ LEFT = {
         {"p": "128 positions in Layer are no square grid"},
     ),
     "a part at a time": (
-        lambda m, x: x @ param(m, "w", (2, 16, 8))[0, :8],
+        lambda m, x: x @ param(m, "w", (3, 4, 8)).reshape(12, 8)[:8],
         {"w": "only a part of it is used"},
     ),
     "scores": (

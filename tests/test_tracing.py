@@ -197,9 +197,8 @@ def test_notes_of_nnx_modules_say_where():
 
     notes = trace(Net(nnx.Rngs(0)), FEATURES, 1, call={}).reading.notes
     assert [note.split(" is taken")[0] for note in notes] == [
-        "the group or instance norm in first",
+        "2 times: the group or instance norm in first, second",
         "the transposed convolution in up",
-        "the group or instance norm in second",
     ]
 
 

@@ -64,6 +64,7 @@ class Parameter:
       others: parameters that it was combined with.
       scope: of the statistic that it was multiplied with: a norm's weight.
       changed: an operation after which the tensor's values are no weights any more.
+      rescaled: by a number or by factors, its own norm or other parameters.
     """
 
     leaf: int
@@ -72,6 +73,7 @@ class Parameter:
     others: frozenset[Key] = frozenset()
     scope: Scope | None = None
     changed: str = ""
+    rescaled: bool = False
 
     @property
     def key(self) -> Key:

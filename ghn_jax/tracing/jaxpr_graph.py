@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,7 +114,6 @@ class _Reader:
       names, shapes: of the parameters.
       roles: parameter -> its placement by each row that uses it, in order; `node` is the row.
       reasons: parameter -> why no node makes it.
-      notes: what was mapped to the nearest primitive, or to none.
     """
 
     def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
@@ -122,7 +121,7 @@ class _Reader:
         self.names, self.shapes = names, shapes
         self.roles: dict[int, list[Placement]] = {}
         self.reasons: dict[int, str] = {}
-        self.notes: dict[str, None] = {}
+        self._notes: dict[str, dict[str, None]] = {}
 
     # --- Equations ---
 
@@ -187,13 +186,22 @@ class _Reader:
             self.leave(operands[0], f"a table that is indexed {_at(where)}")
             return [dataclasses.replace(self.activation(operands[1]), axes=image_axes(shapes[0]))]
         if name not in _ELEMENTWISE and name not in _VIEWS:
-            self.note(f"{name} {_at(where)} is no primitive; edges pass through it")
+            self.note(f"{name} in {{}} is no primitive; edges pass through it", where)
         literals = [getattr(atom, "val", None) for atom in eqn.invars]
         return [self.elementwise(name, operands, literals, shape, where) for shape in shapes]
 
-    def note(self, text: str) -> None:
-        """Tells the user something, once."""
-        self.notes[text] = None
+    def note(self, text: str, where: str = "") -> None:
+        """Tells the user something; `{}` in the text is where, a module or a parameter."""
+        self._notes.setdefault(text, {})[where or "the model"] = None
+
+    def notes(self) -> tuple[str, ...]:
+        """What was told: a line for each kind, with a count."""
+        lines = []
+        for text, places in self._notes.items():
+            first = ", ".join([*places][:2]) + (", ..." if len(places) > 2 else "")
+            times = f"{len(places)} times: " if len(places) > 1 else ""
+            lines.append(times + text.replace("{}", first))
+        return tuple(lines)
 
     def leave(self, p: Parameter, reason: str) -> None:
         """No node makes this parameter, unless another use of it does."""
@@ -239,7 +247,7 @@ class _Reader:
                 "it runs, or which branch, depends on values; give a loop a fixed number of turns "
                 "(nn.scan, lax.fori_loop with numbers), decide a branch in Python (if ...:)"
             )
-        self.note(f"{name} {_at(where)} is not followed; edges pass through it")
+        self.note(f"{name} in {{}} is not followed; edges pass through it", where)
         return [self.elementwise(name, operands, [], shape, where) for shape in shapes]
 
     def turns(self, params, operands, shapes, where: str) -> list[Value]:
@@ -352,6 +360,11 @@ class _Reader:
                 math.prod(full[a] for a in mine) if whole else math.prod(n for _, n in atoms)
             )
             roles |= mine
+        if p.rescaled and not p.changed:
+            self.note(
+                "the model rescales {} before it is used (weight or spectral norm)",
+                self.names[p.leaf],
+            )
         row = self.flow.add(
             primitive, [source], shape=tuple(sizes), name=self.name_of(p.key), weight=p.key
         )
@@ -365,7 +378,7 @@ class _Reader:
         numbers = params["dimension_numbers"]
         if isinstance(x, (Constant, Parameter)) or not isinstance(p, Parameter):
             if not isinstance(p, Constant):
-                self.note(f"the kernel of a convolution {_at(where)} is computed; no node makes it")
+                self.note("the kernel of a convolution in {} is computed; no node makes it", where)
             x = self.elementwise("conv", [x, p], [], shape, where)
             if isinstance(x, (Constant, Parameter)):
                 return x
@@ -383,7 +396,7 @@ class _Reader:
             primitive = "dil_conv" if min(params["rhs_dilation"]) > 1 else "sep_conv"
         if max(params["lhs_dilation"]) > 1:
             module = _module(where, self.names[p.leaf])
-            self.note(f"the transposed convolution {_at(module)} is taken for a convolution")
+            self.note("the transposed convolution in {} is taken for a convolution", module)
         if len(space) > 2:
             self.leave(p, f"a kernel of {len(space)} dimensions; decoded are up to 2")
             p = dataclasses.replace(p, changed="a convolution of more than 2 dimensions")
@@ -491,7 +504,7 @@ class _Reader:
             scope = Scope(frozenset(SPACE), labels_of(x.axes) - {SPACE})
             return Statistic(self.activation(x).row, resize(x.axes, shape), scope)
         if name not in ("_max", "_sum"):
-            self.note(f"{eqn.primitive.name} {_at(where)} is taken for max pooling")
+            self.note(f"{eqn.primitive.name} in {{}} is taken for max pooling", where)
         kernel = [1, *(size[i] for i in space)][-2:]
         source = self.activation(x).row
         primitive = "avg_pool" if name == "_sum" else "max_pool"
@@ -616,7 +629,9 @@ class _Reader:
         axes = [p.axes for p in parameters if p.key == main.key]
         full = [a for a in axes if len(a) == len(shape)]
         axes = merge(full, shape) if full else unknown_axes(shape)
-        return Parameter(main.leaf, axes, main.part, frozenset(others), scope, changed)
+        by = len(parameters) > 1 or state  # by its own deviation or norm, a gain, a singular value
+        rescaled = main.rescaled or (name in ("mul", "div") and by)
+        return Parameter(main.leaf, axes, main.part, frozenset(others), scope, changed, rescaled)
 
     def _one(self, name: str, x: Activation | Statistic, axes: Axes, state: bool) -> Value:
         """A function of one value and constants."""
@@ -664,7 +679,9 @@ class _Reader:
                         self.flow.rows[mean].primitive = THROUGH
                     return Activation(self.flow.add("cse", [x, gate]), axes)
         if name in _ELEMENTWISE:
-            self.note(f"{name} of activations {_at(where)} is no primitive; edges pass through it")
+            self.note(
+                f"{name} of activations in {{}} is no primitive; edges pass through it", where
+            )
         return Activation(self.flow.add(THROUGH, rows), axes)
 
     # --- Parameters met by activations ---
@@ -809,10 +826,10 @@ class _Reader:
         if BATCH in scope.reduced:
             return "bn"
         if SPACE in scope.reduced and scope.kept & {CHANNEL}:
-            self.note(f"the group or instance norm {_at(where)} is taken for batch norm (bn)")
+            self.note("the group or instance norm in {} is taken for batch norm (bn)", where)
             return "bn"
         if SPACE in scope.reduced or CHANNEL in scope.kept:
-            self.note(f"the norm {_at(where)} is taken for layer norm (ln)")
+            self.note("the norm in {} is taken for layer norm (ln)", where)
         return "ln"
 
 
@@ -922,7 +939,7 @@ def read_graph(
             parts = sorted(part for part in first if [axis for axis, _ in part] == axes)
             placements[leaf] = tuple(first[part] for part in parts)
             if len(uses) > len(parts):
-                reader.note(f"{names[leaf]} is shared; its first use decides")
+                reader.note("{} is shared; its first use decides", names[leaf])
         elif var in read:
             reasons[leaf] = reader.reasons.get(leaf, "no primitive stands for how it is used")
         else:
@@ -930,10 +947,12 @@ def read_graph(
     if not placements:
         why = "; ".join(f"{names[leaf]}: {reasons[leaf]}" for leaf in list(reasons)[:5])
         raise ValueError(f"no parameter of the model belongs to one of the primitives ({why})")
-    return Reading(graph, placements, reasons, tuple(reader.notes), classes)
+    return Reading(graph, placements, reasons, reader.notes(), classes)
 
 
-def read_init(init: Callable, key) -> tuple[Any, Callable[[Sequence[int]], list[jax.Array]]]:
+def read_init(
+    init: Callable, key
+) -> tuple[Any, Callable[[Sequence[int]], list[jax.Array]], Callable[[int], float | None]]:
     """Traces a model's initialisation.
 
     Args:
@@ -941,26 +960,22 @@ def read_init(init: Callable, key) -> tuple[Any, Callable[[Sequence[int]], list[
       key: a random key.
 
     Returns:
-      The variables as shapes, and a function that computes some of their leaves, given by their
-      places in `jax.tree.leaves`, and nothing that they do not depend on.
+      The variables as shapes; a function that computes some of their leaves, given by their places
+      in `jax.tree.leaves`, and nothing that they do not depend on; and one that tells of a leaf the
+      number that it is filled with, None where it is filled with several.
     """
     closed, shapes = jax.make_jaxpr(init, return_shape=True)(key)
 
-    made_by = {v: eqn for eqn in closed.jaxpr.eqns for v in eqn.outvars}
+    def constant(number: int) -> float | None:
+        return _constant(closed.jaxpr, closed.jaxpr.outvars[number], {})
 
-    def constant(number: int) -> jax.Array | None:
+    def filled(number: int) -> jax.Array | None:
         """Zeros, ones, ... without compiling a program for each shape of them."""
-        var = closed.jaxpr.outvars[number]
-        eqn = made_by.get(var) if not isinstance(var, core.Literal) else None
-        if eqn is None or eqn.primitive.name != "broadcast_in_dim":
-            return None
-        (value,) = eqn.invars[:1]
-        if not isinstance(value, core.Literal) or np.ndim(value.val):
-            return None
-        return jax.numpy.asarray(np.full(var.aval.shape, value.val, var.aval.dtype))
+        value, aval = constant(number), closed.jaxpr.outvars[number].aval
+        return None if value is None else jax.numpy.asarray(np.full(aval.shape, value, aval.dtype))
 
     def compute(wanted: Sequence[int]) -> list[jax.Array]:
-        found = {number: constant(number) for number in wanted}
+        found = {number: filled(number) for number in wanted}
         rest = sorted(number for number in found if found[number] is None)
         if rest:
             used = [i in rest for i in range(len(closed.jaxpr.outvars))]
@@ -969,4 +984,36 @@ def read_init(init: Callable, key) -> tuple[Any, Callable[[Sequence[int]], list[
             found.update(zip(rest, values, strict=True))
         return [found[number] for number in wanted]
 
-    return shapes, compute
+    return shapes, compute, constant
+
+
+_LAID_OUT = {
+    "broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose",
+}  # fmt: skip
+_COMBINED = {"mul": np.multiply, "add": np.add, "sub": np.subtract, "div": np.divide}
+
+
+def _constant(jaxpr, atom, known: Mapping) -> float | None:
+    """The number that all elements of a value are, whatever the inputs; None where they vary."""
+    if isinstance(atom, core.Literal):
+        return float(atom.val) if np.ndim(atom.val) == 0 else None
+    if atom in known:
+        return known[atom]
+    eqn = next((eqn for eqn in jaxpr.eqns if atom in eqn.outvars), None)
+    if eqn is None:
+        return None
+    name, inner = eqn.primitive.name, _inner(eqn)
+    if name in _LAID_OUT:
+        return _constant(jaxpr, eqn.invars[0], known)
+    if name in _COMBINED:
+        values = [_constant(jaxpr, v, known) for v in eqn.invars]
+        return None if None in values else float(_COMBINED[name](*values))
+    if inner is None:
+        return None
+    inputs = {}
+    if name != "scan":
+        pairs = zip(inner.jaxpr.invars, eqn.invars, strict=False)
+        inputs = {v: _constant(jaxpr, outer, known) for v, outer in pairs}
+    elif eqn.outvars.index(atom) < eqn.params["num_carry"]:
+        return None
+    return _constant(inner.jaxpr, inner.jaxpr.outvars[eqn.outvars.index(atom)], inputs)

@@ -36,6 +36,8 @@ class TracedModel(NamedTuple):
       paths: of the parameters, 'layer1_0/conv1/kernel'.
       leaves: of the parameters; shapes and types are read.
       initial: numbers of parameters -> their initial values.
+      constant: number of a parameter -> what it is filled with at first; None: with several
+        numbers, or it is not known.
       rebuild: new values of all parameters -> what the model is called with (Linen: all its
         variables; NNX: a module).
     """
@@ -44,6 +46,7 @@ class TracedModel(NamedTuple):
     paths: list[str]
     leaves: list[Any]
     initial: Callable[[Sequence[int]], list[jax.Array]]
+    constant: Callable[[int], float | None]
     rebuild: Callable[[Sequence[jax.Array]], Any]
 
 
@@ -185,13 +188,15 @@ def _trace_variables(model, sample, virtual_edges, initial, seed, call) -> Trace
     if initial is None:
         # Other streams of random numbers than 'params' (dropout) fall back to it.
         init = bind_axes(functools.partial(_init_linen, model, call, sample))
-        variables, compute = read_init(init, key)
+        variables, compute, constant = read_init(init, key)
     else:
         variables = initial
         values = jax.tree.leaves(variables)
 
         def compute(wanted):
             return [values[i] for i in wanted]
+
+        constant = _constants(values)
 
     if not jax.tree.leaves(variables.get("params", {})):
         raise ValueError(f"{type(model).__name__} has no parameters; nothing to predict")
@@ -220,6 +225,7 @@ def _trace_variables(model, sample, virtual_edges, initial, seed, call) -> Trace
         paths,
         jax.tree.leaves(params),
         lambda wanted: compute([number_of[i] for i in wanted]),
+        lambda leaf: constant(number_of[leaf]),
         rebuild,
     )
 
@@ -258,8 +264,27 @@ def _trace_nnx(model, sample, virtual_edges, call) -> TracedModel:
         paths,
         leaves,
         initial,
+        _constants(leaves),
         lambda values: nnx.merge(definition, jax.tree.unflatten(treedef, values), _copy(rest)),
     )
+
+
+def _constants(leaves: Sequence) -> Callable[[int], float | None]:
+    """`TracedModel.constant` of given values; of placeholders, all of them constant, none is."""
+
+    def constant(leaf: int) -> float | None:
+        value = leaves[leaf]
+        if not isinstance(value, (np.ndarray, jax.Array)) or isinstance(value, jax.core.Tracer):
+            return None
+        value = np.asarray(value)
+        first = float(value.flat[0]) if value.size > 1 else None
+        return first if first is not None and (value == value.flat[0]).all() else None
+
+    @functools.cache
+    def placeholders() -> bool:
+        return all(constant(i) is not None for i, v in enumerate(leaves) if np.ndim(v) > 1)
+
+    return lambda leaf: None if placeholders() else constant(leaf)
 
 
 def _copy(state):

@@ -26,6 +26,7 @@ from ghn_jax.hypernet.tiling import tile_kind, undecodable
 from ghn_jax.tracing.jaxpr_graph import Placement
 from ghn_jax.tracing.model_graph import place_tensor, trace_once
 from ghn_jax.tracing.report import (
+    CONSTANT,
     INITIAL,
     ParameterReport,
     PredictionReport,
@@ -45,6 +46,7 @@ def predict_model(
     *,
     initial: Mapping | None = None,
     keep_head: bool = False,
+    predict_constants: bool = False,
     strict: bool = False,
     seed: int = 0,
     **call,
@@ -52,9 +54,10 @@ def predict_model(
     """Predicts the parameters of any Flax model.
 
     What no node makes (class tokens, scales without a norm, kernels larger than the
-    hypernetwork's) stays at its initial value, and the report says why. So does the classifier of a
-    model with another number of classes than the hypernetwork's: to fine-tune it, its shape is
-    encoded as if it had the hypernetwork's classes, as in the authors' code.
+    hypernetwork's) stays at its initial value, and the report says why. So does what the model
+    fills with one number on purpose, as LoRA does with zeros, and the classifier of a model with
+    another number of classes than the hypernetwork's: to fine-tune it, its shape is encoded as if
+    it had the hypernetwork's classes, as in the authors' code.
 
     Args:
       ghn, ghn_variables: the hypernetwork.
@@ -62,6 +65,8 @@ def predict_model(
       sample: an input (B, H, W, C), or its `jax.ShapeDtypeStruct`.
       initial: a Linen model's variables, for what is not predicted; None: `model.init`'s.
       keep_head: leave the classifier at its initial value whatever its classes.
+      predict_constants: predict also what the model fills with one number on purpose (but for the
+        zeros of biases and the ones of norms' weights): LoRA's zeros, last layers of zeros.
       strict: raise an error where a parameter would stay at its initial value.
       seed: of the initial values.
       **call: keyword arguments of the model's call (train=False).
@@ -95,6 +100,9 @@ def predict_model(
             reason = why
         else:
             reason = undecodable(graph.param_shapes[places[0].node], ghn.max_shape)
+        constant = None if predict_constants else traced.constant(leaf)
+        if not reason and constant not in (None, _USUAL.get(places[0].tensor)):
+            reason = f"{CONSTANT} {constant:g}; predict_constants=True predicts it"
         if reason:
             reasons[leaf] = reason
             del placements[leaf]
@@ -129,6 +137,10 @@ def predict_model(
             )
         )  # fmt: skip
     return traced.rebuild(ordered), PredictionReport(tuple(rows), tuple(notes), len(graph))
+
+
+# What tensors are filled with as a rule.
+_USUAL = {"scale": 1.0, "bias": 0.0}
 
 
 def _head(graph: Graph, outputs: int, num_classes: int, keep: bool) -> tuple[Graph, str]:
