@@ -894,23 +894,17 @@ def read_graph(
     """The computational graph of a model's call.
 
     Args:
-      call: (params, state, sample) -> output.
+      call: (params, state, sample) -> output, an array.
       params, state: trees of the model's parameters and other variables; shapes will do.
       sample: the input, (B, H, W, C); its shape will do.
       names: of the parameters, in the order of `jax.tree.leaves`.
       virtual_edges: see `graph.build_graph`.
 
     Raises:
-      ValueError: several outputs, loops or branches with parameters, no layer that is a primitive,
-        or an output that does not depend on the input.
+      ValueError: loops or branches with parameters that depend on values, no layer that is a
+        primitive, or an output that does not depend on the input.
     """
     closed, output = jax.make_jaxpr(call, return_shape=True)(params, state, sample)
-    outputs = jax.tree.leaves(output)
-    if len(outputs) != 1:
-        raise ValueError(
-            f"the model returns {len(outputs)} arrays; allowed: one, the logits. Give a module "
-            "that returns those only (pass what turns the others off as a keyword: train=False)"
-        )
     # What does not reach the output is no part of the graph, and decides on nothing.
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
     read = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, core.Literal)}
@@ -927,7 +921,7 @@ def read_graph(
     if isinstance(last, (Constant, Parameter)):
         raise ValueError("the model's output does not depend on its input; nothing to predict")
     reader.forget_tokens()
-    classes = (outputs[0].shape or (1,))[-1]
+    classes = (output.shape or (1,))[-1]
     graph, kept = reader.flow.graph(reader.activation(last).row, virtual_edges, classes)
     node_of = {row: node for node, row in enumerate(kept)}
     placements, reasons = {}, {}

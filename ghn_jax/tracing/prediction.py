@@ -49,6 +49,7 @@ def predict_model(
     predict_constants: bool = False,
     strict: bool = False,
     seed: int = 0,
+    output: str | int | None = None,
     **call,
 ) -> tuple[Any, PredictionReport]:
     """Predicts the parameters of any Flax model.
@@ -61,7 +62,8 @@ def predict_model(
 
     Args:
       ghn, ghn_variables: the hypernetwork.
-      model: a Linen or NNX module, as it is called to give logits.
+      model: a Linen or NNX module, as it is called to give logits; or one of Hugging Face's models,
+        for its `module` and `params`.
       sample: an input (B, H, W, C), or its `jax.ShapeDtypeStruct`.
       initial: a Linen model's variables, for what is not predicted; None: `model.init`'s.
       keep_head: leave the classifier at its initial value whatever its classes.
@@ -69,7 +71,11 @@ def predict_model(
         zeros of biases and the ones of norms' weights): LoRA's zeros, last layers of zeros.
       strict: raise an error where a parameter would stay at its initial value.
       seed: of the initial values.
-      **call: keyword arguments of the model's call (train=False).
+      output: which of the arrays that the model returns are the logits: 'logits', 0, '1/features'.
+        None where it is clear: the only array, the one called 'logits', or the only one that is not
+        in another container, as in (logits, {...}).
+      **call: keyword arguments of the model's call (train=False); of a Linen module also those of
+        `apply` (method, rngs, mutable).
 
     Returns:
       For a Linen module its variables: 'params' predicted and all other collections at their
@@ -78,11 +84,12 @@ def predict_model(
 
     Raises:
       TypeError: the model is no Flax module.
-      ValueError: the model cannot be traced (several outputs; parameters in loops or branches that
-        depend on values), no parameter belongs to a primitive, or `strict` and some parameter is
-        left.
+      ValueError: the model cannot be traced (several outputs, of which none is named; parameters in
+        loops or branches that depend on values), no parameter belongs to a primitive, or `strict`
+        and some parameter is left.
     """
-    traced = trace_once(model, sample, ghn.virtual_edges, initial=initial, seed=seed, call=call)
+    options = {"initial": initial, "seed": seed, "output": output}
+    traced = trace_once(model, sample, ghn.virtual_edges, **options, call=call)
     reading = traced.reading
     placements, reasons = dict(reading.placements), dict(reading.reasons)
     notes = list(reading.notes)
