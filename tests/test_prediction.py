@@ -737,8 +737,15 @@ class Returning(nn.Module):
             "nested": {"a": (features, {"b": logits})},
         }[self.how]
 
+
+class Methods(nn.Module):
+    """Called by another method than `__call__`."""
+
+    def setup(self):
+        self.embedding = nn.Dense(10)
+
     def embed(self, x):
-        return nn.Dense(10, name="embedding")(x.mean((1, 2)))
+        return self.embedding(x.mean((1, 2)))
 
 
 OUTPUTS = [
@@ -778,7 +785,7 @@ def test_arguments_of_apply(ghn):
     ):
         reading = trace(Returning("dict"), IMAGES, 1, call=options).reading
         assert len(reading.graph) == 6
-    traced = trace(Returning("dict"), IMAGES, 1, call={"method": "embed"})
+    traced = trace(Methods(), IMAGES, 1, call={"method": "embed"})
     assert traced.paths == ["embedding/bias", "embedding/kernel"]
 
 

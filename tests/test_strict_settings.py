@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 ghn = ghn_jax.GHN(max_shape=(16, 16, 11, 11), features=8)
 ghn_variables = ghn.init_variables(0)
-images = jnp.ones((2, 32, 32, 3), jnp.float32) * jnp.linspace(0, 1, 32, dtype=jnp.float32)[None, :, None, None]
+images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3), jnp.float32)
 variables, report = ghn_jax.predict_model(ghn, ghn_variables, Net(), images)
 assert not report.left, report
 logits = ghn_jax.apply_on_batch(Net(), variables, images)

@@ -126,21 +126,20 @@ def _mean(trees: Iterable):
 # --- NNX: modules that hold their statistics ------------------------------------------------------
 
 
-class _OnBatch:
-    """Put before a class of batch norm: on the statistics of its input, which it keeps as such."""
-
-    def __call__(self, x, use_running_average=None, **options):
-        del use_running_average
-        self.momentum = 0.0
-        return super().__call__(x, use_running_average=False, **options)
+def _call_on_batch(self: nnx.BatchNorm, x, use_running_average=None, **options):
+    """Of a subclass made for it: on the statistics of its input, whatever it was told to use."""
+    del use_running_average
+    self.momentum = 0.0
+    return super(type(self), self).__call__(x, use_running_average=False, **options)
 
 
 def _put_on_batch(module: nnx.Module) -> None:
-    """Changes all batch norms in a module to `_OnBatch`."""
+    """Makes all batch norms in a module run so, and keep these statistics."""
     for path, part in nnx.iter_modules(module):
         if isinstance(part, nnx.BatchNorm):
             kind = type(part)
-            part.__class__ = type(kind.__name__, (_OnBatch, kind), {})
+            # By their class: an argument of the call comes before their attributes.
+            part.__class__ = type(kind)(kind.__name__, (kind,), {"__call__": _call_on_batch})
         elif not isinstance(part, nnx.SpectralNorm):
             names = sorted(n for n, v in vars(part).items() if isinstance(v, nnx.BatchStat))
             if names:
