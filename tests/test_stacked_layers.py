@@ -179,7 +179,7 @@ def test_a_layer_of_a_stack_that_is_not_used_is_left(ghn):
     w = np.asarray(predicted["params"]["w"])
     np.testing.assert_array_equal(w[1], 0.5)
     assert np.all(w[0] != 0.5) and np.all(w[2] != 0.5)
-    assert report.parameters[-1].note.startswith("1 of 3 layers stacked in it are left: not used")
+    assert report.parameters[-1].note.startswith("1 of 3 layers stacked in it are left")
 
 
 def test_a_stack_that_is_indexed_by_values(ghn):

@@ -211,7 +211,9 @@ class _Reader:
     def leave_others(self, p: Parameter) -> None:
         """Of parameters that are combined, a node makes one at most."""
         for leaf, _ in p.others:
-            self.reasons.setdefault(leaf, f"combined with {self.name_of(p.key)} before it is used")
+            if leaf != p.leaf:
+                why = f"combined with {self.name_of(p.key)} before it is used"
+                self.reasons.setdefault(leaf, why)
 
     def name_of(self, key: Key) -> str:
         """'layers/conv/kernel', or 'layers/conv/kernel[3]' of the fourth in a stack."""

@@ -230,7 +230,7 @@ def _row(ghn, graph, path, shape, places, reason, norm) -> ParameterReport:
         note = f"{first}; {note}" if note else first
     layers = math.prod(shape[axis] for axis, _ in placement.part)
     if len(places) < layers:
-        left = f"{layers - len(places)} of {layers} layers stacked in it are left: not used"
+        left = f"{layers - len(places)} of {layers} layers stacked in it are left"
         note = f"{left}; {note}" if note else left
     he = he_norm(graph, node, placement.tensor)
     return ParameterReport(
