@@ -175,7 +175,7 @@ def test_a_layer_of_a_stack_that_is_not_used_is_left(ghn):
             w = self.param("w", nn.initializers.constant(0.5), (3, 8, 8))
             return nn.Dense(10)(nn.relu(x.mean(1) @ w[0]) @ w[2])
 
-    predicted, report = ghn_jax.predict_model(*ghn, Some(), FEATURES)
+    predicted, report = ghn_jax.predict_model(*ghn, Some(), FEATURES, predict_constants=True)
     w = np.asarray(predicted["params"]["w"])
     np.testing.assert_array_equal(w[1], 0.5)
     assert np.all(w[0] != 0.5) and np.all(w[2] != 0.5)
