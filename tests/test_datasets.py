@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import struct
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tfds_files import (
 )
 
 from ghn_jax.cli import train
-from ghn_jax.data import records
+from ghn_jax.data import records, tfds
 from ghn_jax.data.images import SPLITS, eval_batches, load_images, train_batches
 from ghn_jax.data.splits import official_splits, part_by_class
 from ghn_jax.data.statistics import channel_statistics
@@ -356,6 +357,24 @@ def test_the_version_and_the_configuration_are_chosen_by_name(tmp_path):
     ):
         with pytest.raises(error, match=message):
             load_images(f"tfds:{name}", "train", data_dir=tmp_path)
+    for place in (tmp_path / "a", tmp_path / "a" / "1.0.0"):
+        with pytest.raises(FileNotFoundError, match=f"that a is in: data_dir='{tmp_path}'"):
+            load_images("tfds:a", "train", data_dir=place)
+    (tmp_path / "up").mkdir()
+    (tmp_path / "a").rename(tmp_path / "up" / "a")
+    with pytest.raises(FileNotFoundError, match=f"is in: data_dir='{tmp_path}/up'"):
+        load_images("tfds:a", "train", data_dir=tmp_path)
+
+
+def test_what_tfds_needs_and_has_not_is_told(monkeypatch):
+    """TFDS itself is silent where a package is missing, and has no functions then."""
+    import tensorflow_datasets
+
+    monkeypatch.delattr(tensorflow_datasets, "builder_from_directory")
+    monkeypatch.delattr(tensorflow_datasets, "public_api")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets.public_api", None)
+    with pytest.raises(ImportError, match=r"tensorflow_datasets needs .*public_api, .*pip install"):
+        tfds._import_tfds()
 
 
 @pytest.mark.parametrize("supervised", [(), ("photo", "fine")])

@@ -1,5 +1,6 @@
 """`predict`: every tensor in its place, and a report of all of them."""
 
+import dataclasses
 import json
 
 import flax
@@ -147,7 +148,7 @@ def test_layouts(ghn, small):
     tensors = model.tensors(variables, reading.graph)
 
     def tensor(path):
-        placement = reading.placements[paths.index(path)]
+        (placement,) = reading.placements[paths.index(path)]
         return tensors[placement.node][placement.tensor]
 
     def close(value, expected):
@@ -173,11 +174,11 @@ def test_weights_of_any_layout(ghn):
     class Transposed(nn.Module):
         @nn.compact
         def __call__(self, x):
-            w = self.param("conv", nn.initializers.ones, (3, 8, 5, 3))
+            w = self.param("conv", nn.initializers.normal(), (3, 8, 5, 3))
             x = jax.lax.conv_general_dilated(
                 x, w, (4, 4), "SAME", dimension_numbers=("NHWC", "IOHW", "NHWC")
             )
-            w = self.param("dense", nn.initializers.ones, (10, 8))
+            w = self.param("dense", nn.initializers.normal(), (10, 8))
             return jnp.einsum("bc,oc->bo", x.mean((1, 2)), w)
 
     class Usual(nn.Module):
@@ -345,6 +346,89 @@ def test_predictions_are_differentiable(ghn):
     # Traced only: whatever left JAX on its way would raise an error.
     gradient = jax.eval_shape(jax.grad(loss), variables)
     assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, variables)
+
+
+# --- What is filled with one number on purpose ----------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """LoRA, a gated residual, a last layer of zeros, and what is as usual."""
+
+    def constant(self, name, shape, value):
+        return self.param(name, nn.initializers.constant(value), shape)
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), 8, name="stem")(x).mean((1, 2))
+        lora_a = self.param("lora_a", nn.initializers.normal(), (8, 2))
+        x = nn.Dense(8, name="dense")(x) + (x @ lora_a) @ self.constant("lora_b", (2, 8), 0.0)
+        gate = nn.LayerNorm(scale_init=nn.initializers.zeros, name="gate")
+        x = x + gate(nn.relu(nn.LayerNorm(name="norm")(x)))
+        bias = nn.initializers.constant(-10.0)
+        return nn.Dense(10, kernel_init=nn.initializers.zeros, bias_init=bias, name="head")(x)
+
+
+CONSTANTS = {"lora_b": "0", "gate/scale": "0", "head/kernel": "0", "head/bias": "-10"}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_is_constant_on_purpose_is_left(ghn, given):
+    initial = Adapted().init(jax.random.key(0), jnp.ones(IMAGES.shape)) if given else None
+    found, report = ghn_jax.predict_model(*ghn, Adapted(), IMAGES, initial=initial)
+    assert {p.path: p.note.split(";")[0] for p in report.left} == {
+        path: f"on purpose, the model fills it with {value}" for path, value in CONSTANTS.items()
+    }
+    np.testing.assert_array_equal(found["params"]["head"]["bias"], -10.0)
+    np.testing.assert_array_equal(found["params"]["lora_b"], 0.0)
+    assert "predict_constants=True" in report.left[0].note
+    all_of_it, report = ghn_jax.predict_model(
+        *ghn, Adapted(), IMAGES, initial=initial, predict_constants=True, strict=True
+    )
+    assert float(jnp.abs(all_of_it["params"]["lora_b"]).min()) > 0
+
+
+def test_constants_of_stacks_and_of_nnx_modules(ghn):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.Dense(8, kernel_init=nn.initializers.zeros, name="out")(x), None
+
+    class Blocks(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scanned = nn.scan(
+                Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+            )
+            x = nn.Conv(8, (3, 3), 8)(x).mean((1, 2))
+            return nn.Dense(10)(scanned(name="blocks")(x, None)[0])
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            zeros = nnx.initializers.zeros_init()
+            self.out = nnx.Linear(3, 10, kernel_init=zeros, rngs=rngs)
+            self.first = nnx.Linear(3, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(nnx.relu(self.first(x)).mean((1, 2)))
+
+    for model in (Blocks(), Nnx(nnx.Rngs(0))):
+        _, report = ghn_jax.predict_model(*ghn, model, IMAGES)
+        assert [p.path.removeprefix("blocks/") for p in report.left] == ["out/kernel"]
+        assert "fills it with 0" in report.left[0].note
+
+
+def test_kernels_that_the_model_rescales_are_told(ghn):
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.WeightNorm(nn.Conv(8, (3, 3), 8, name="a"))(x).mean((1, 2))
+            x = nn.SpectralNorm(nn.Dense(8, name="b"))(x, update_stats=False)
+            w = self.param("c", nn.initializers.normal(), (8, 8))
+            return nn.Dense(10)(x @ ((w - w.mean(0)) / (w.std(0) + 1e-5)))
+
+    _, report = ghn_jax.predict_model(*ghn, Normed(), IMAGES)
+    (note,) = report.notes
+    assert note.startswith("3 times: the model rescales ")
 
 
 # --- NNX ------------------------------------------------------------------------------------------
@@ -545,3 +629,185 @@ def test_statistics_of_a_norm_of_the_models_own():
     model = nn.SpectralNorm(nn.Dense(3))
     variables = model.init(jax.random.key(0), images, update_stats=False)
     ghn_jax.apply_on_batch(model, variables, images, update_stats=False)
+
+
+class NnxNormed(nnx.Module):
+    """Batch norm that is told by the module's mode, or (`told`) by an argument of the call."""
+
+    def __init__(self, norm=nnx.BatchNorm, told=False):
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(3, 8, (3, 3), strides=4, use_bias=False, rngs=rngs)
+        self.norm = norm(8, rngs=rngs)
+        self.head = nnx.Linear(8, 10, rngs=rngs)
+        self.told = {"use_running_average": True} if told else {}
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.norm(self.conv(x), **self.told)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_statistics_of_nnx_modules(told):
+    images = np.random.default_rng(0).standard_normal((3, 4, 16, 16, 3), np.float32)
+    model = NnxNormed(told=told)
+    model.eval()
+    trained = NnxNormed()
+    trained.train()
+    expected = trained(images[0])
+    for variables in (None, model):
+        logits = ghn_jax.apply_on_batch(model, variables, images[0])
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+    averaged = ghn_jax.average_statistics(model, None, images)
+    features = np.stack([model.conv(x) for x in images])
+    means = features.mean((1, 2, 3)).mean(0)
+    np.testing.assert_allclose(averaged.norm.mean[...], means, rtol=1e-4, atol=1e-6)
+    variances = features.var((1, 2, 3)).mean(0)
+    np.testing.assert_allclose(averaged.norm.var[...], variances, rtol=1e-4)
+    # The module given is as it was, and the new one is of the same class.
+    np.testing.assert_array_equal(model.norm.mean[...], 0.0)
+    assert type(averaged.norm) is nnx.BatchNorm
+    assert type(model.norm) is nnx.BatchNorm
+    assert averaged.norm.use_running_average
+    assert averaged.norm.momentum == model.norm.momentum
+
+
+class NnxOwnNorm(nnx.Module):
+    """A batch norm of the model's own."""
+
+    def __init__(self, features, rngs):
+        self.mean = nnx.BatchStat(jnp.zeros(features))
+
+    def __call__(self, x):
+        return x - self.mean[...]
+
+
+def test_statistics_of_nnx_norms_of_the_models_own():
+    images = jnp.ones((2, 16, 16, 3))
+    model = NnxNormed(NnxOwnNorm)
+    for call in (
+        lambda: ghn_jax.apply_on_batch(model, model, images),
+        lambda: ghn_jax.average_statistics(model, model, [images]),
+    ):
+        with pytest.raises(ValueError, match="norm is a NnxOwnNorm, which keeps mean in nnx.Batch"):
+            call()
+    none = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"the module has no nnx\.BatchStat"):
+        ghn_jax.average_statistics(none, None, [images])
+    with pytest.raises(ValueError, match="no batch was given"):
+        ghn_jax.average_statistics(NnxNormed(), None, [])
+
+
+# --- Outputs and arguments as models have them ----------------------------------------------------
+
+
+@flax.struct.dataclass
+class Output:
+    """As Hugging Face's models return."""
+
+    logits: jax.Array
+    hidden: jax.Array | None = None
+
+
+@dataclasses.dataclass
+class PlainOutput:
+    """A dataclass that JAX does not know."""
+
+    scores: jax.Array
+    features: dict
+
+
+class Returning(nn.Module):
+    """Logits and features in some container."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x, noisy=False):
+        x = nn.Conv(8, (3, 3), 8, name="stem")(x).mean((1, 2))
+        if noisy:
+            x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+        features = nn.Dense(6, name="features")(x)
+        logits = nn.Dense(10, name="head")(x)
+        return {
+            "tuple": (logits, {"features": features}),
+            "dict": {"features": features, "logits": logits, "name": "a"},
+            "dataclass": Output(logits, features),
+            "plain": PlainOutput(logits, {"features": features}),
+            "single": Output(logits),
+            "list": [features, logits],
+            "nested": {"a": (features, {"b": logits})},
+        }[self.how]
+
+
+class Methods(nn.Module):
+    """Called by another method than `__call__`."""
+
+    def setup(self):
+        self.embedding = nn.Dense(10)
+
+    def embed(self, x):
+        return self.embedding(x.mean((1, 2)))
+
+
+OUTPUTS = [
+    ("tuple", None), ("dict", None), ("dataclass", None), ("plain", None), ("single", None),
+    ("list", 1), ("list", "1"), ("nested", "a/1/b"), ("dataclass", "logits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "output"), OUTPUTS)
+def test_logits_among_what_a_model_returns(how, output):
+    traced = trace(Returning(how), IMAGES, 1, output=output, call={})
+    reading = traced.reading
+    assert reading.outputs == 10
+    left = {traced.paths[leaf]: why for leaf, why in reading.reasons.items()}
+    both = {"features/kernel", "features/bias"} if how != "single" else set()
+    assert set(left) == both | {p for p in left if p.startswith("features")}
+    assert set(left.values()) == {"it does not reach the output"}
+
+
+def test_outputs_that_have_to_be_named(ghn):
+    for how in ("list", "nested"):
+        with pytest.raises(ValueError, match=r"returns 2 arrays \(.*\(1, 6\).*Name it, as in outp"):
+            ghn_jax.predict_model(*ghn, Returning(how), IMAGES)
+    with pytest.raises(ValueError, match=r"no output 'x'; allowed: '0' \(1, 6\), '1' \(1, 10\)"):
+        ghn_jax.predict_model(*ghn, Returning("list"), IMAGES, output="x")
+    graph = ghn_jax.model_graph(Returning("list"), IMAGES, output=0)
+    assert graph.param_shapes[graph.classifier[0]] == (6, 8)
+
+
+def test_arguments_of_apply(ghn):
+    """`method`, `rngs` and `mutable` are what `apply` takes, beside the call's own."""
+    key = jax.random.key(1)
+    for options in (
+        {"rngs": {"noise": key}, "noisy": True, "mutable": ["intermediates"]},
+        {"rngs": key, "noisy": True, "mutable": True},
+        {"mutable": "batch_stats"},
+    ):
+        reading = trace(Returning("dict"), IMAGES, 1, call=options).reading
+        assert len(reading.graph) == 6
+    traced = trace(Methods(), IMAGES, 1, call={"method": "embed"})
+    assert traced.paths == ["embedding/bias", "embedding/kernel"]
+
+
+class Wrapper:
+    """As Hugging Face's models hold their module and its parameters."""
+
+    def __init__(self, module, params=None):
+        self.module, self._params = module, params
+
+    @property
+    def params(self):
+        if self._params is None:
+            raise ValueError("`params` cannot be accessed")
+        return self._params
+
+
+def test_objects_that_hold_a_module_and_its_parameters(ghn):
+    initial = Returning("dict").init(jax.random.key(3), jnp.ones(IMAGES.shape))
+    wrapper = Wrapper(Returning("dict"), initial["params"])
+    found, report = ghn_jax.predict_model(*ghn, wrapper, IMAGES)
+    assert [p.path for p in report.left] == ["features/bias", "features/kernel"]
+    kept = found["params"]["features"]["kernel"]
+    np.testing.assert_array_equal(kept, initial["params"]["features"]["kernel"])
+    for other in (Wrapper(Returning("dict")), Wrapper(Returning("dict"), initial)):
+        assert len(ghn_jax.model_graph(other, IMAGES)) == len(ghn_jax.model_graph(wrapper, IMAGES))

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from ghn_jax import zoo
 from ghn_jax.cli import convert
@@ -451,3 +452,42 @@ def test_nothing_is_converted_that_does_not_fit(tmp_path):
         with pytest.raises(error, match=message):
             run(*arguments)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "arch.json"]
+
+
+class NnxNet(nnx.Module):
+    """Of layers that PyTorch has as well, under names as it gives them."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (5, 3), rngs=rngs)
+        self.blocks = nnx.List([nnx.BatchNorm(8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)])
+        self.attention = nnx.MultiHeadAttention(2, 6, decode=False, rngs=rngs)
+        self.token = nnx.Param(jnp.ones((1, 1, 6)))
+        self.embed = nnx.Embed(4, 6, rngs=rngs)
+
+
+def test_nnx_modules():
+    module = NnxNet(nnx.Rngs(0))
+    arrays = to_torch(module)
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "token": (1, 1, 6),
+        "conv.weight": (8, 3, 5, 3),
+        "conv.bias": (8,),
+        **{f"blocks.0.{name}": (8,) for name in ("weight", "bias", "running_mean", "running_var")},
+        "blocks.1.weight": (6, 8),
+        "blocks.1.bias": (6,),
+        "attention.in_proj_weight": (18, 6),
+        "attention.in_proj_bias": (18,),
+        "attention.out_proj.weight": (6, 6),
+        "attention.out_proj.bias": (6,),
+        "embed.weight": (4, 6),
+    }
+    kernel = np.asarray(module.conv.kernel[...])
+    np.testing.assert_array_equal(arrays["conv.weight"].transpose(2, 3, 1, 0), kernel)
+    np.testing.assert_array_equal(arrays["blocks.1.weight"].T, module.blocks[1].kernel[...])
+    value = np.asarray(module.attention.value.kernel[...])  # (in, heads, features)
+    np.testing.assert_array_equal(arrays["attention.in_proj_weight"][12:].T, value.reshape(6, 6))
+    out = np.asarray(module.attention.out.kernel[...])  # (heads, features, out)
+    np.testing.assert_array_equal(arrays["attention.out_proj.weight"].T, out.reshape(6, 6))
+    assert all(array.flags.writeable and array.flags.c_contiguous for array in arrays.values())
+    with pytest.raises(TypeError, match="the module is a ConvTranspose, whose kernel has no form"):
+        to_torch(nnx.ConvTranspose(3, 4, (2, 2), rngs=nnx.Rngs(0)))

@@ -127,8 +127,7 @@ class Prepared:
 
     def __init__(self, what: str, data_dir: str | os.PathLike | None):
         self.folder = _folder(what, data_dir)
-        import tensorflow_datasets as tfds  # slow to import, and not needed for digits
-
+        tfds = _import_tfds()
         # By folder: asked for a name, TFDS only finds the version that it would prepare itself.
         self._builder = tfds.builder_from_directory(self.folder)
         self._tfds, self._what = tfds, what
@@ -213,6 +212,26 @@ class Prepared:
         return _Records(raw, *keys)
 
 
+def _import_tfds():
+    """TFDS: slow to import, and not needed for digits.
+
+    Raises:
+      ImportError: a package that it needs is not installed, on which TFDS itself is silent.
+    """
+    import tensorflow_datasets as tfds
+
+    if not hasattr(tfds, "builder_from_directory"):
+        try:
+            from tensorflow_datasets import public_api  # noqa: F401
+        except ImportError as error:
+            missing = error.name or str(error)
+            raise ImportError(
+                f"tensorflow_datasets needs {missing}, which is not installed; install it with "
+                f"`pip install {missing}`, or all that it needs with `pip install 'ghn_jax[train]'`"
+            ) from error
+    return tfds
+
+
 def _folder(what: str, data_dir: str | os.PathLike | None) -> Path:
     """The folder of a dataset's version: the one asked for, or the last by name."""
     name, _, version = what.partition(":")
@@ -235,6 +254,17 @@ def _folder(what: str, data_dir: str | os.PathLike | None) -> Path:
         raise ValueError(
             f"{folder / name} has the configurations {', '.join(configs)}; give one, as "
             f"tfds:{name}/{configs[0]}"
+        )
+    for above in folder.parents[:3]:
+        if any(above.glob(f"{name}/*/dataset_info.json")):
+            raise FileNotFoundError(
+                f"data_dir is {str(folder)!r}, which is inside of a dataset; give the folder that "
+                f"{name} is in: data_dir={str(above)!r}"
+            )
+    for below in sorted(folder.glob(f"*/{name}/*/dataset_info.json"))[:1]:
+        raise FileNotFoundError(
+            f"data_dir is {str(folder)!r}, which {name} is deeper in; give the folder that {name} "
+            f"is in: data_dir={str(below.parents[2])!r}"
         )
     missing = "does not exist" if not folder.is_dir() else f"has no prepared {name}"
     raise FileNotFoundError(

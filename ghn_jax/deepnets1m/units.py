@@ -74,11 +74,24 @@ class Node(NamedTuple):
     sources: tuple[int, ...] = (-1,)
 
 
+def over(x: jax.Array, last: jax.Array) -> jax.Array:
+    """What an image has of its last axes, (C,) say, in the shape of images (B, H, W, C).
+
+    Broadcast in so many words, as `jax_numpy_rank_promotion="raise"` demands it.
+    """
+    return jnp.broadcast_to(last, x.shape)
+
+
+def _linear(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    y = x @ kernel
+    return y + over(y, bias)
+
+
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """Layer norm over the last axis."""
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    return centred * lax.rsqrt(variance + EPSILON) * scale + bias
+    return centred * lax.rsqrt(variance + EPSILON) * over(x, scale) + over(x, bias)
 
 
 class Unit(abc.ABC):
@@ -291,8 +304,8 @@ class SqueezeExcite(Unit):
     def apply(self, params: Arrays, inputs: tuple, layers=layers) -> jax.Array:
         """See `Unit`."""
         (x,), (down, down_bias, up, up_bias) = inputs, params
-        gate = nn.relu(x.mean((1, 2)) @ down + down_bias)
-        gate = nn.hard_swish(gate @ up + up_bias)
+        gate = nn.relu(_linear(x.mean((1, 2)), down, down_bias))
+        gate = nn.hard_swish(_linear(gate, up, up_bias))
         return (x * gate[:, None, None])[:, :: self.stride, :: self.stride]
 
     def size(self, size: int) -> int:
@@ -330,9 +343,9 @@ class TransformerBlock(Unit):
         x = x.reshape(b, h * w, c)
         y = layer_norm(x, scale, shift) @ qkv
         q, k, v = jnp.moveaxis(y.reshape(b, h * w, 3, HEADS, c // HEADS), 2, 0)
-        x = layers.attend(q, k, v).reshape(b, h * w, c) @ out + out_bias + x
-        y = nn.gelu(layer_norm(x, scale_2, shift_2) @ first + bias, approximate=False)
-        return (y @ second + bias_2 + x).reshape(b, h, w, c)
+        x = _linear(layers.attend(q, k, v).reshape(b, h * w, c), out, out_bias) + x
+        y = nn.gelu(_linear(layer_norm(x, scale_2, shift_2), first, bias), approximate=False)
+        return (_linear(y, second, bias_2) + x).reshape(b, h, w, c)
 
     def multiply_adds(self, size: int) -> int:
         """See `Unit`."""
@@ -373,7 +386,7 @@ class PatchEmbedding(Unit):
         x = lax.conv_general_dilated(
             images, w, (k, k), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return x + embedding
+        return x + over(x, embedding)
 
     @property
     def _pad(self) -> int:
@@ -437,7 +450,10 @@ class NormSum(Unit):
     def _sum(self, params, inputs, statistics, scales=None) -> jax.Array:
         n = self.normed_terms
         terms = [
-            ((x - mean) * (scale * lax.rsqrt(variance + EPSILON)) + shift).astype(x.dtype)
+            (
+                (x - over(x, mean)) * over(x, scale * lax.rsqrt(variance + EPSILON))
+                + over(x, shift)
+            ).astype(x.dtype)
             for x, (mean, variance), scale, shift in zip(
                 inputs[:n], statistics, params[::2], params[1::2], strict=True
             )
@@ -470,7 +486,7 @@ def batch_statistics(x: jax.Array) -> jax.Array:
     """(2, C) mean and variance of (B, H, W, C), in float32; the variance of centred numbers."""
     x = x.astype(jnp.float32)
     mean = x.mean((0, 1, 2))
-    return jnp.stack([mean, jnp.square(x - mean).mean((0, 1, 2))])
+    return jnp.stack([mean, jnp.square(x - over(x, mean)).mean((0, 1, 2))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -514,7 +530,7 @@ class Classifier(Unit):
                 if key is not None:
                     keep = jax.random.bernoulli(jax.random.fold_in(key, i), 0.5, x.shape)
                     x = jnp.where(keep, 2 * x, 0)
-            x = _fold(x, w.shape[0]) @ w + bias
+            x = _linear(_fold(x, w.shape[0]), w, bias)
         return x
 
     def size(self, size: int) -> int:

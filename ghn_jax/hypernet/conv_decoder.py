@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from ghn_jax.hypernet.decoder import Decoder
-from ghn_jax.hypernet.gatedgnn import dense, dense_params
+from ghn_jax.hypernet.gatedgnn import add_bias, dense, dense_params
 
 _KERNEL = ("fc", "conv_0", "conv_1")
 
@@ -50,7 +50,7 @@ class ConvDecoder(Decoder):
         bias = self.fc["bias"].reshape(mid, h, w)[:, :height, :width]
         kernel = kernel.transpose(0, 2, 3, 1).reshape(self.features, -1)
         bias = bias.transpose(1, 2, 0).reshape(-1)
-        y = nn.relu(x @ kernel + bias).reshape(len(x), height * width, mid)
+        y = nn.relu(add_bias(x @ kernel, bias)).reshape(len(x), height * width, mid)
         return nn.relu(dense(self.conv_0, y))
 
     def _last(self, in_channels: slice, out_channels: slice):
@@ -69,12 +69,12 @@ class ConvDecoder(Decoder):
     def depthwise(self, x: jax.Array, height: int, width: int) -> jax.Array:
         """(n, d) -> (n, height * width, out) tiles of depthwise convolutions (input channel 0)."""
         kernel, bias = self._last(slice(0, 1), slice(None))
-        return self._hidden(x, height, width) @ kernel[:, 0] + bias[0]
+        return add_bias(self._hidden(x, height, width) @ kernel[:, 0], bias[0])
 
     def position(self, x: jax.Array, height: int, width: int) -> jax.Array:
         """(n, d) -> (n, height * width, in) tiles of positional encodings (output channel 0)."""
         kernel, bias = self._last(slice(None), slice(0, 1))
-        return self._hidden(x, height, width) @ kernel[:, :, 0] + bias[:, 0]
+        return add_bias(self._hidden(x, height, width) @ kernel[:, :, 0], bias[:, 0])
 
     def classifier(self, x: jax.Array) -> jax.Array:
         """(n, d) -> (n, in, classes): the classification weight, one map over output channels."""

@@ -37,9 +37,14 @@ def dense_params(module: nn.Module, name: str, n_in: int, n_out: int, fan_in: in
     )
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """(..., n) + (n,), broadcast in so many words, as `jax_numpy_rank_promotion` may demand."""
+    return x + jnp.broadcast_to(bias, x.shape)
+
+
 def dense(params, x):
     """Applies a linear layer to (..., n_in)."""
-    return x @ params["kernel"] + params["bias"]
+    return add_bias(x @ params["kernel"], params["bias"])
 
 
 def mlp(params, x):
@@ -89,7 +94,7 @@ def _join(layers: _Layers) -> _Joined:
 def _say(joined: _Joined, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(W, d) states -> (W, K h) hidden layers, and (K, W, d) what the nodes say."""
     (kernel, bias), (kernels, biases) = joined.first, joined.second
-    hidden = nn.relu(state @ kernel + bias)
+    hidden = nn.relu(add_bias(state @ kernel, bias))
     apart = hidden.reshape(len(state), len(kernels), -1)
     return hidden, nn.relu(jnp.einsum("wkh,khd->kwd", apart, kernels) + biases)
 
@@ -97,9 +102,8 @@ def _say(joined: _Joined, state: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _gates(joined: _Joined, message: jax.Array, state: jax.Array) -> tuple[jax.Array, ...]:
     """(W, d) reset and update gates, candidate, and the candidate's part of the hidden state."""
     kernel, bias = joined.cell
-    reset, update, given, held = jnp.split(
-        jnp.concatenate([message, state], -1) @ kernel + bias, 4, axis=-1
-    )
+    both = jnp.concatenate([message, state], -1)
+    reset, update, given, held = jnp.split(add_bias(both @ kernel, bias), 4, axis=-1)
     reset, update = nn.sigmoid(reset), nn.sigmoid(update)
     return reset, update, jnp.tanh(given + reset * held), held
 

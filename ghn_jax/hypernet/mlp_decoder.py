@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from ghn_jax.hypernet.decoder import Decoder
-from ghn_jax.hypernet.gatedgnn import dense, dense_params
+from ghn_jax.hypernet.gatedgnn import add_bias, dense, dense_params
 
 _KERNEL = ("mlp_0", "mlp_1")
 
@@ -50,7 +50,7 @@ class MLPDecoder(Decoder):
 
         kernel, bias = few(self.mlp_1["kernel"]), few(self.mlp_1["bias"])
         hidden = nn.relu(dense(self.mlp_0, x))
-        y = hidden @ kernel.reshape(len(kernel), -1) + bias.reshape(-1)
+        y = add_bias(hidden @ kernel.reshape(len(kernel), -1), bias.reshape(-1))
         return y.reshape(len(x), *bias.shape)
 
     def kernel(self, x: jax.Array, height: int, width: int) -> jax.Array:

@@ -46,9 +46,8 @@ def tile_kind(graph: Graph, node: int) -> TileKind | None:
     shape, primitive = graph.param_shapes[node], PRIMITIVES[graph.primitives[node]]
     if shape is None or primitive in ("max_pool", "avg_pool"):
         return None
-    for kind, index in zip(CLASSIFIER, graph.classifier, strict=False):
-        if node == index % len(graph):
-            return kind
+    if node in {index % len(graph) for index in graph.classifier}:
+        return CLASSIFIER[len(shape) == 1]
     return parameter_kind(primitive, shape)
 
 

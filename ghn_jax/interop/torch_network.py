@@ -9,11 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import PRIMITIVE_ID, Graph, build_graph
 from ghn_jax.deepnets1m.names import check_names, insert, parameter_path
 from ghn_jax.interop import torch_models
+from ghn_jax.interop.torch_nnx import module_to_torch
 from ghn_jax.zoo import Model
 
 
@@ -102,8 +104,8 @@ def abstract_params(graph: Graph) -> dict:
 
 
 def to_torch(
-    params: Mapping,
-    arch: Architecture | Graph | Model,
+    params: Mapping | nnx.Module,
+    arch: Architecture | Graph | Model | nnx.Module | None = None,
     num_classes: int = 10,
     image_size: int = 32,
 ) -> dict[str, np.ndarray]:
@@ -111,8 +113,9 @@ def to_torch(
 
     Args:
       params: the `params` tree of `build_network(arch, num_classes, image_size)`, or all variables
-        of a model of the zoo (`torch_models.to_torch`).
-      arch: its architecture, its graph, or the model.
+        of a model of the zoo (`torch_models.to_torch`), or any NNX module
+        (`torch_nnx.module_to_torch`).
+      arch: its architecture, its graph, or the model; an NNX module needs none.
       num_classes: classes of the network; a graph or a model has its own.
       image_size: height and width of the images, in pixels; a graph or a model has its own.
 
@@ -125,6 +128,8 @@ def to_torch(
       TypeError: the network is of another type.
       ValueError: the tree is not that of the architecture; the message lists what differs.
     """
+    if isinstance(params, nnx.Module):
+        return module_to_torch(params)
     if isinstance(arch, nn.Module):
         return torch_models.to_torch(params, arch)
     leaves = _leaves(params)

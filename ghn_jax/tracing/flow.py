@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 from ghn_jax.deepnets1m.graph import MAX_GRAPH_NODES, PRIMITIVE_ID, Graph, shortest_paths
+from ghn_jax.tracing.abstract_values import Key
 
 # What no primitive stands for: edges pass through it.
 THROUGH = "through"
@@ -28,22 +29,28 @@ class Row:
       sources: the rows that it reads, all of them before it.
       shape: of its parameter in PyTorch's order (out, in, height, width), or None.
       name: of its parameter.
-      weight, bias: which parameters it was made from; None for none.
+      weight, bias: which parameters it was made from (`abstract_values.Key`); None for none.
     """
 
     primitive: str
     sources: list[int]
     shape: tuple[int, ...] | None = None
     name: str = ""
-    weight: int | None = None
-    bias: int | None = None
+    weight: Key | None = None
+    bias: Key | None = None
 
 
 class Flow:
-    """The rows of one model; row 0 is its input."""
+    """The rows of one model; row 0 is its input.
+
+    Attributes:
+      rows: in order.
+      lanes: a row that stands for layers side by side -> the row of each.
+    """
 
     def __init__(self):
         self.rows: list[Row] = [Row("input", [])]
+        self.lanes: dict[int, list[int]] = {}
         self._joined: dict[tuple, int] = {}
 
     def add(self, primitive: str, sources: list[int], **fields) -> int:
@@ -57,6 +64,17 @@ class Flow:
         if key not in self._joined:
             self._joined[key] = self.add(primitive, sources)
         return self._joined[key]
+
+    def lanes_of(self, row: int, count: int) -> list[int]:
+        """What each of some layers side by side reads: all read a row that is none of lanes."""
+        lanes = self.lanes.get(row, [])
+        return lanes if len(lanes) == count else [row] * count
+
+    def abreast(self, rows: list[int]) -> int:
+        """The row that stands for layers side by side."""
+        row = self.join(THROUGH, rows)
+        self.lanes[row] = rows
+        return row
 
     def origin(self, row: int) -> int:
         """The row that a row is a function of: itself, unless it is a sum of one (x + x**3)."""
@@ -109,8 +127,13 @@ class Flow:
                 found[at] = None
         return list(found)
 
-    def graph(self, output: int, virtual_edges: int) -> tuple[Graph, list[int]]:
+    def graph(self, output: int, virtual_edges: int, classes: int) -> tuple[Graph, list[int]]:
         """The graph of everything that reaches a row, and the row of each of its nodes.
+
+        Args:
+          output: the row.
+          virtual_edges: see `graph.build_graph`.
+          classes: of the model, by which the heads of an ensemble are known.
 
         Raises:
           ValueError: no path leads from the input to the output, or there are too many nodes.
@@ -140,15 +163,18 @@ class Flow:
             param_shapes=[row.shape for row in rows],
             names=[row.name or row.primitive for row in rows],
             cells=np.zeros(len(rows), np.int32),
-            classifier=_classifier(rows, sources, [place[r] for r in last]),
+            classifier=_classifier(rows, sources, [place[r] for r in last], classes),
         )
         return graph, kept
 
 
-def _classifier(rows: list[Row], sources: list[list[int]], last: list[int]) -> tuple[int, ...]:
+def _classifier(
+    rows: list[Row], sources: list[list[int]], last: list[int], classes: int
+) -> tuple[int, ...]:
     """The nodes of the weight and the bias that the output is made by; () where it is by others.
 
-    Followed from the output: a pooling may come after (SqueezeNet), a bias may be missing.
+    Followed from the output: a pooling may come after (SqueezeNet), a bias may be missing. An
+    ensemble's heads are all classifiers: their logits are added up, or stacked and averaged.
     """
     bias: tuple[int, ...] = ()
     while len(last) == 1:
@@ -159,7 +185,17 @@ def _classifier(rows: list[Row], sources: list[list[int]], last: list[int]) -> t
             return (node, *bias) if dense else ()
         if primitive == "bias" and not bias:
             bias = (node,)
-        elif primitive not in ("glob_avg", "avg_pool"):
-            break
+        elif primitive not in ("glob_avg", "avg_pool", "sum", "concat"):
+            return ()
         last = sources[node]
-    return ()
+    heads = [_classifier(rows, sources, [node], classes) for node in last]
+    if bias or not all(head and rows[head[0]].shape[0] == classes for head in heads):
+        return ()
+    found = dict.fromkeys(node for head in heads for node in head)
+    above, ahead = set(), [source for head in heads for source in sources[head[0]]]
+    while ahead:
+        at = ahead.pop()
+        if at not in above:
+            above.add(at)
+            ahead += sources[at]
+    return () if above & found.keys() else tuple(found)  # of a residual, one is above another

@@ -22,6 +22,8 @@ from flax import nnx
 
 from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.tracing.jaxpr_graph import Reading, read_graph, read_init
+from ghn_jax.tracing.named_axes import bind_axes
+from ghn_jax.tracing.outputs import choose_output
 
 # Of JAX's settings, those that decide on types and initial values.
 _SETTINGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
@@ -35,6 +37,8 @@ class TracedModel(NamedTuple):
       paths: of the parameters, 'layer1_0/conv1/kernel'.
       leaves: of the parameters; shapes and types are read.
       initial: numbers of parameters -> their initial values.
+      constant: number of a parameter -> what it is filled with at first; None: with several
+        numbers, or it is not known.
       rebuild: new values of all parameters -> what the model is called with (Linen: all its
         variables; NNX: a module).
     """
@@ -43,6 +47,7 @@ class TracedModel(NamedTuple):
     paths: list[str]
     leaves: list[Any]
     initial: Callable[[Sequence[int]], list[jax.Array]]
+    constant: Callable[[int], float | None]
     rebuild: Callable[[Sequence[jax.Array]], Any]
 
 
@@ -80,30 +85,48 @@ def trace(
     *,
     initial: Mapping | None = None,
     seed: int = 0,
+    output: str | int | None = None,
     call: Mapping[str, Any],
 ) -> TracedModel:
-    """Traces a model; see `predict` for the arguments and errors.
+    """Traces a model; see `predict_model` for the arguments and errors.
 
     Args:
-      model: a Linen or NNX module.
+      model: a Linen or NNX module, or what wraps one.
       sample: an input, or its shape.
       virtual_edges: see `graph.build_graph`.
       initial: a Linen model's variables; None: those that its `init` makes.
       seed: of `init`.
+      output: which of the arrays that it returns; see `outputs.choose_output`.
       call: keyword arguments of the model's call.
     """
     sample = _check_sample(sample)
+    model, initial = unwrap(model, initial)
     if isinstance(model, nnx.Module):
         if initial is not None:
             raise ValueError("an NNX module holds its initial values; initial is for Linen models")
         with _values_are_not_read(model):
-            return _trace_nnx(model, sample, virtual_edges, call)
+            return _trace_nnx(model, sample, virtual_edges, output, call)
     if isinstance(model, nn.Module):
-        return _trace_linen(model, sample, virtual_edges, initial, seed, call)
+        return _trace_linen(model, sample, virtual_edges, initial, seed, output, call)
     what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
     raise TypeError(
         f"the model is {what}; allowed: an instance of a module of flax.linen or flax.nnx"
     )
+
+
+def unwrap(model, initial: Mapping | None):
+    """The module and the variables of an object that holds both, as Hugging Face's models do."""
+    if isinstance(model, (nn.Module, nnx.Module, type)):
+        return model, initial
+    module = getattr(model, "module", None)
+    if not isinstance(module, nn.Module):
+        return model, initial
+    if initial is None:
+        try:
+            initial = model.params
+        except (AttributeError, ValueError):  # made without parameters
+            return module, None
+    return module, initial if "params" in initial else {"params": initial}
 
 
 @contextlib.contextmanager
@@ -148,13 +171,15 @@ class _Shown(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _trace_linen_once(model: _Identity, sample, virtual_edges, seed, call, settings):
+def _trace_linen_once(model: _Identity, sample, virtual_edges, seed, output, call, settings):
     del settings
     call = {name: option.value for name, option in call}
-    return _trace_linen(model.value, sample, virtual_edges, None, seed, call)
+    return _trace_linen(model.value, sample, virtual_edges, None, seed, output, call)
 
 
-def trace_once(model, sample, virtual_edges: int, *, initial, seed, call) -> TracedModel:
+def trace_once(
+    model, sample, virtual_edges: int, *, initial, seed, output=None, call
+) -> TracedModel:
     """`trace`, or what it gave for the same Linen module before; not to be changed.
 
     Tracing takes most of the time of a prediction. NNX modules may have changed since, and are
@@ -164,33 +189,41 @@ def trace_once(model, sample, virtual_edges: int, *, initial, seed, call) -> Tra
         settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
         # As text, too: True and 1 are equal, and not the same to a model.
         options = tuple((name, _Shown(call[name], repr(call[name]))) for name in sorted(call))
-        key = _Identity(model), _check_sample(sample), virtual_edges, seed, options, settings
+        sizes = _check_sample(sample), virtual_edges
+        key = _Identity(model), *sizes, seed, output, options, settings
         try:
             hash(key)
         except TypeError:  # an argument of the call, say an array
             pass
         else:
             return _trace_linen_once(*key)
-    return trace(model, sample, virtual_edges, initial=initial, seed=seed, call=call)
+    options = {"initial": initial, "seed": seed, "output": output}
+    return trace(model, sample, virtual_edges, **options, call=call)
 
 
-def _trace_linen(model, sample, virtual_edges, initial, seed, call) -> TracedModel:
+def _trace_linen(model, sample, virtual_edges, initial, seed, output, call) -> TracedModel:
     with _values_are_not_read(model):
-        return _trace_variables(model, sample, virtual_edges, initial, seed, call)
+        return _trace_variables(model, sample, virtual_edges, initial, seed, output, call)
 
 
-def _trace_variables(model, sample, virtual_edges, initial, seed, call) -> TracedModel:
+def _trace_variables(model, sample, virtual_edges, initial, seed, output, call) -> TracedModel:
     key = jax.random.key(seed)
+    # What `apply` takes beside the call's own arguments.
+    call = dict(call)
+    rngs = {"params": key, **_rngs(call.pop("rngs", None))}
+    mutable = call.pop("mutable", False)
     if initial is None:
         # Other streams of random numbers than 'params' (dropout) fall back to it.
-        init = functools.partial(_init_linen, model, call, sample)
-        variables, compute = read_init(init, key)
+        init = bind_axes(functools.partial(_init_linen, model, call, rngs, sample))
+        variables, compute, constant = read_init(init, key)
     else:
         variables = initial
         values = jax.tree.leaves(variables)
 
         def compute(wanted):
             return [values[i] for i in wanted]
+
+        constant = _constants(values)
 
     if not jax.tree.leaves(variables.get("params", {})):
         raise ValueError(f"{type(model).__name__} has no parameters; nothing to predict")
@@ -202,9 +235,10 @@ def _trace_variables(model, sample, virtual_edges, initial, seed, call) -> Trace
 
     def apply(params, rest, x):
         # Batch norm may be told to update its statistics; what it updates is of no interest.
-        return model.apply(
-            {"params": params, **rest}, x, rngs={"params": key}, mutable=list(rest), **call
-        )[0]
+        variables = {"params": params, **rest}
+        return choose_output(
+            model.apply(variables, x, rngs=rngs, mutable=_mutable(rest, mutable), **call)[0], output
+        )
 
     def rebuild(leaves):
         others = sorted(set(range(count)) - set(number_of))
@@ -215,19 +249,33 @@ def _trace_variables(model, sample, virtual_edges, initial, seed, call) -> Trace
     params = variables["params"]
     paths = _paths(params)
     return TracedModel(
-        read_graph(apply, params, rest, sample, paths, virtual_edges),
+        read_graph(bind_axes(apply), params, rest, sample, paths, virtual_edges),
         paths,
         jax.tree.leaves(params),
         lambda wanted: compute([number_of[i] for i in wanted]),
+        lambda leaf: constant(number_of[leaf]),
         rebuild,
     )
 
 
-def _init_linen(model, call, sample, key):
-    return model.init({"params": key}, jax.numpy.zeros(sample.shape, sample.dtype), **call)
+def _rngs(given) -> Mapping:
+    """Random keys by name, as `apply` takes them: a single one is for all."""
+    return given if isinstance(given, Mapping) else {} if given is None else {"params": given}
 
 
-def _trace_nnx(model, sample, virtual_edges, call) -> TracedModel:
+def _mutable(own: Mapping, given):
+    """What may be updated: a model's own collections, and those given as `apply` takes them."""
+    if isinstance(given, (str, list, tuple, set)):
+        return [*own, *([given] if isinstance(given, str) else given)]
+    return bool(given) or list(own)
+
+
+def _init_linen(model, call, rngs, sample, key):
+    rngs = {**rngs, "params": key}
+    return model.init(rngs, jax.numpy.zeros(sample.shape, sample.dtype), **call)
+
+
+def _trace_nnx(model, sample, virtual_edges, output, call) -> TracedModel:
     definition, *states = nnx.split(model, nnx.Param, ...)
     params, rest = states
     leaves, treedef = jax.tree.flatten(params)
@@ -239,7 +287,8 @@ def _trace_nnx(model, sample, virtual_edges, call) -> TracedModel:
 
     def apply(params, rest, x):
         own = {name: nnx.merge(graph, _copy(state)) for name, (graph, state) in graphs.items()}
-        return nnx.merge(definition, params, rest)(x, **{**call, **own})
+        module = nnx.merge(definition, _copy(params), _copy(rest))  # of this trace, to be updated
+        return choose_output(module(x, **{**call, **own}), output)
 
     def initial(wanted):
         abstract = [paths[i] for i in wanted if isinstance(leaves[i], jax.ShapeDtypeStruct)]
@@ -252,12 +301,31 @@ def _trace_nnx(model, sample, virtual_edges, call) -> TracedModel:
 
     paths = _paths(params)
     return TracedModel(
-        read_graph(apply, params, rest, sample, paths, virtual_edges),
+        read_graph(bind_axes(apply), params, rest, sample, paths, virtual_edges),
         paths,
         leaves,
         initial,
+        _constants(leaves),
         lambda values: nnx.merge(definition, jax.tree.unflatten(treedef, values), _copy(rest)),
     )
+
+
+def _constants(leaves: Sequence) -> Callable[[int], float | None]:
+    """`TracedModel.constant` of given values; of placeholders, all of them constant, none is."""
+
+    def constant(leaf: int) -> float | None:
+        value = leaves[leaf]
+        if not isinstance(value, (np.ndarray, jax.Array)) or isinstance(value, jax.core.Tracer):
+            return None
+        value = np.asarray(value)
+        first = float(value.flat[0]) if value.size > 1 else None
+        return first if first is not None and (value == value.flat[0]).all() else None
+
+    @functools.cache
+    def placeholders() -> bool:
+        return all(constant(i) is not None for i, v in enumerate(leaves) if np.ndim(v) > 1)
+
+    return lambda leaf: None if placeholders() else constant(leaf)
 
 
 def _copy(state):
@@ -265,19 +333,27 @@ def _copy(state):
     return jax.tree.map(lambda x: x, state)
 
 
-def model_graph(model: nn.Module | nnx.Module, sample, virtual_edges: int = 50, **call) -> Graph:
+def model_graph(
+    model: nn.Module | nnx.Module,
+    sample,
+    virtual_edges: int = 50,
+    *,
+    output: str | int | None = None,
+    **call,
+) -> Graph:
     """The computational graph of any Flax model (§ 3), for `draw` or `GHN.embed`.
 
     Args:
-      model: a Linen or NNX module; see `predict`.
+      model: a Linen or NNX module; see `predict_model`.
       sample: an input (B, H, W, C), or its `jax.ShapeDtypeStruct`.
       virtual_edges: see `build_graph`.
+      output: which of the arrays that the model returns; see `predict_model`.
       **call: keyword arguments of the model's call (train=False).
 
     Raises:
-      TypeError, ValueError: as `predict`.
+      TypeError, ValueError: as `predict_model`.
     """
-    return trace(model, sample, virtual_edges, call=call).reading.graph
+    return trace(model, sample, virtual_edges, output=output, call=call).reading.graph
 
 
 def map_parameters(variables, function: Callable[[str, jax.Array], jax.Array]):

@@ -10,6 +10,8 @@ from ghn_jax.hypernet.decoder import nearest_shape
 from ghn_jax.hypernet.tiling import tile_kind
 
 INITIAL = "initial"
+# How the note begins of what is left because of its initial value.
+CONSTANT = "on purpose, the model fills it with"
 
 
 @dataclasses.dataclass(frozen=True)

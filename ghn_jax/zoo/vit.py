@@ -80,7 +80,9 @@ class Heads(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, C) -> (B, num_classes)."""
-        return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="head")(x)
+        # Not with zeros, as in torchvision: `predict_model` leaves what is filled with them.
+        init = nn.initializers.truncated_normal(0.02)
+        return nn.Dense(self.num_classes, kernel_init=init, name="head")(x)
 
 
 class VisionTransformer(nn.Module):

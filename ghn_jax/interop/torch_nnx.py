@@ -1,0 +1,74 @@
+"""NNX modules as PyTorch has them: each layer by its own type, under its path in the module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from flax import nnx
+
+_STATISTICS = {"mean": "running_mean", "var": "running_var"}
+_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.RMSNorm)
+
+
+def module_to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
+    """A module's parameters and running statistics as the state dict of the same net in PyTorch.
+
+    Args:
+      module: an NNX module whose attributes have the names of the PyTorch net's.
+
+    Returns:
+      For each name ('blocks.0.conv.weight') an array: (out, in, height, width) for convolutions,
+      (out, in) for linear layers; `MultiHeadAttention` as PyTorch's, query, key and value in one
+      ('in_proj_weight'). Parameters of the module's own stay as they are.
+
+    Raises:
+      TypeError: a layer that PyTorch computes otherwise (a transposed convolution, a linear layer
+        of several axes).
+    """
+    arrays: dict[str, np.ndarray] = {}
+    inside: set[int] = set()  # layers of attention, which is converted as a whole
+    for path, part in sorted(nnx.iter_modules(module), key=lambda found: len(found[0])):
+        if id(part) in inside:
+            continue
+        if isinstance(part, nnx.MultiHeadAttention):
+            inside |= {id(below) for _, below in nnx.iter_modules(part)}
+            tensors = _attention(part)
+        else:
+            tensors = _layer(part, ".".join(map(str, path)) or "the module")
+        for name, array in tensors:
+            # An array of its own: JAX's may not be written to.
+            arrays[".".join([*map(str, path), name])] = np.array(array, order="C")
+    return arrays
+
+
+def _layer(layer: nnx.Module, where: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of a layer's own variables."""
+    for name, variable in vars(layer).items():
+        if not isinstance(variable, (nnx.Param, nnx.BatchStat)):
+            continue
+        value = np.asarray(variable[...])
+        if name == "kernel" and isinstance(layer, (nnx.Conv, nnx.Linear)):
+            spatial = range(value.ndim - 2)  # (height, width, in, out)
+            yield "weight", value.transpose(value.ndim - 1, value.ndim - 2, *spatial)
+        elif name == "kernel":
+            raise TypeError(
+                f"{where} is a {type(layer).__name__}, whose kernel has no form in PyTorch that is "
+                "known here; use nnx.Conv, nnx.Linear or nnx.MultiHeadAttention"
+            )
+        elif isinstance(layer, _NORMS):
+            yield {"scale": "weight", **_STATISTICS}.get(name, name), value
+        else:
+            yield "weight" if isinstance(layer, nnx.Embed) else name, value
+
+
+def _attention(layer: nnx.MultiHeadAttention) -> Iterator[tuple[str, np.ndarray]]:
+    parts = (layer.query, layer.key, layer.value)
+    kernels = [np.asarray(part.kernel[...]) for part in parts]  # (in, heads, features)
+    yield "in_proj_weight", np.concatenate([k.reshape(len(k), -1).T for k in kernels])
+    out = np.asarray(layer.out.kernel[...])  # (heads, features, out)
+    yield "out_proj.weight", out.reshape(-1, out.shape[-1]).T
+    if layer.out.bias is not None:
+        biases = [np.asarray(part.bias[...]).reshape(-1) for part in parts]
+        yield "in_proj_bias", np.concatenate(biases)
+        yield "out_proj.bias", np.asarray(layer.out.bias[...])
