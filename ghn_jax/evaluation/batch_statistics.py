@@ -7,7 +7,7 @@ training batches of statistics (`average_statistics`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -137,7 +137,7 @@ def _put_on_batch(module: nnx.Module) -> None:
     """Makes all batch norms in a module run so, and keep these statistics."""
     for path, part in nnx.iter_modules(module):
         if isinstance(part, nnx.BatchNorm):
-            kind = type(part)
+            kind: Any = type(part)
             # By their class: an argument of the call comes before their attributes.
             part.__class__ = type(kind)(kind.__name__, (kind,), {"__call__": _call_on_batch})
         elif not isinstance(part, nnx.SpectralNorm):

@@ -132,6 +132,10 @@ def to_torch(
         return module_to_torch(params)
     if isinstance(arch, nn.Module):
         return torch_models.to_torch(params, arch)
+    if not isinstance(arch, Architecture | Graph):
+        raise TypeError(
+            f"arch is {type(arch).__name__}; allowed: an Architecture, a Graph, a model of the zoo"
+        )
     leaves = _leaves(params)
     expected = _parameters(_graph(arch, num_classes, image_size))
     check_names({"/".join(p) for p in leaves}, {"/".join(p.path) for p in expected}, "parameters")

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ghn_jax.plot.figure import canvas, check_path, save, tidy
 
-if TYPE_CHECKING:
-    from ghn_jax.evaluation.experiments.generalisation import Group, Panel
-
 _COLORS = ("#123a80", "#b5432a", "#e39b2d", "#3d8b57", "#7b52a3", "#5f5f5f")
 
 
 def generalisation_figure(
-    points: Sequence[Group],
-    panels: Mapping[str, Panel],
+    points: Sequence[Any],
+    panels: Mapping[str, Any],
     path: str | os.PathLike | None = None,
 ) -> Figure:
     """Draws Fig. 10: a panel for each property, a line for each method, standard errors as bars.
@@ -27,8 +24,8 @@ def generalisation_figure(
     What is as in training is on a green ground.
 
     Args:
-      points: of the lines.
-      panels: what they belong to.
+      points: of the lines, with `panel`, `method`, `value`, `top1` and `error`.
+      panels: what they belong to, with `label` and the range `trained`.
       path: where to save the picture, .png or .pdf; None: nowhere.
 
     Raises:

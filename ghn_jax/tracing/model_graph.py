@@ -188,9 +188,9 @@ def trace_once(
     if isinstance(model, nn.Module) and initial is None:
         settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
         # As text, too: True and 1 are equal, and not the same to a model.
-        options = tuple((name, _Shown(call[name], repr(call[name]))) for name in sorted(call))
+        shown = tuple((name, _Shown(call[name], repr(call[name]))) for name in sorted(call))
         sizes = _check_sample(sample), virtual_edges
-        key = _Identity(model), *sizes, seed, output, options, settings
+        key = _Identity(model), *sizes, seed, output, shown, settings
         try:
             hash(key)
         except TypeError:  # an argument of the call, say an array
