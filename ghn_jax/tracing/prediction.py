@@ -21,7 +21,7 @@ from flax import nnx
 
 from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.hypernet.ghn import GHN
-from ghn_jax.hypernet.tiling import tile_kind, undecodable
+from ghn_jax.hypernet.tiling import tile_kind
 from ghn_jax.tracing.jaxpr_graph import Placement
 from ghn_jax.tracing.model_graph import place_tensor, trace_once
 from ghn_jax.tracing.report import (
@@ -93,7 +93,7 @@ def predict_model(
         if why and placement.node in graph.classifier:
             reason = why
         else:
-            reason = undecodable(graph.param_shapes[placement.node], ghn.max_shape)
+            reason = ghn.undecodable(shape_of(graph, placement.node))
         if reason:
             reasons[leaf] = reason
             del placements[leaf]

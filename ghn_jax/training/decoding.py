@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.deepnets1m.units import Arrays, Classifier, Unit
 from ghn_jax.engine.engine import Engine, is_spec
 from ghn_jax.engine.programs import Program
-from ghn_jax.hypernet.ghn import GHN, make_decoder
+from ghn_jax.hypernet.ghn import GHN, free_decoder
 from ghn_jax.hypernet.tiling import (
     CLASSIFIER,
     TileKind,
@@ -50,17 +50,20 @@ class Chunk(NamedTuple):
     owners: tuple[tuple[int, str], ...]
 
 
-def make_chunks(graphs: Sequence[Graph]) -> tuple[Chunk, ...]:
+def make_chunks(
+    graphs: Sequence[Graph], kind_of: Callable[[Graph, int], TileKind | None] = tile_kind
+) -> tuple[Chunk, ...]:
     """Divides the nodes that have parameters into chunks of few different sizes.
 
     Args:
       graphs: in the order in which `padding.pad_graphs` joins them.
+      kind_of: graph, node -> the kind of its tile; see `GHN.tile_kind`.
     """
     found: dict[TileKind, list[tuple[int, tuple[int, str]]]] = {}
     first = 0
     for member, graph in enumerate(graphs):
         for node in range(len(graph)):
-            kind = tile_kind(graph, node)
+            kind = kind_of(graph, node)
             if kind is not None:
                 found.setdefault(kind, []).append((first + node, (member, graph.names[node])))
         first += len(graph)
@@ -86,17 +89,23 @@ def _tile_shape(ghn: GHN, kind: TileKind) -> tuple[int, ...]:
     return jax.eval_shape(decode, jax.random.key(0), states).shape[1:]
 
 
+@functools.lru_cache(maxsize=4096)
+def _unit_kinds(ghn: GHN, unit: Unit) -> tuple[TileKind, ...]:
+    kinds = tuple(parameter_kind(*p) for p in unit.parameters)
+    if isinstance(unit, Classifier):
+        kinds = *kinds[:-2], *CLASSIFIER
+    sized = free_decoder(ghn).sized
+    return tuple(sized(kind, p[1]) for kind, p in zip(kinds, unit.parameters, strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Parameters as `TilePrograms.decode` gives them, one tile each; see `engine.Tensors`."""
 
     ghn: GHN
 
-    @staticmethod
-    @functools.lru_cache(maxsize=4096)
-    def _kinds(unit: Unit) -> tuple[TileKind, ...]:
-        kinds = tuple(parameter_kind(*p) for p in unit.parameters)
-        return (*kinds[:-2], *CLASSIFIER) if isinstance(unit, Classifier) else kinds
+    def _kinds(self, unit: Unit) -> tuple[TileKind, ...]:
+        return _unit_kinds(self.ghn, unit)
 
     def shapes(self, unit: Unit) -> list[tuple[tuple[int, ...], ...]]:
         """See `engine.Tensors`."""
@@ -128,7 +137,7 @@ class TilePrograms:
 
     def __init__(self, ghn: GHN, engine: Engine, params: Any):
         self.ghn, self.engine = ghn, engine
-        self._decoder = make_decoder(ghn)
+        self._decoder = free_decoder(ghn)
         self._params = _specs(engine, params)
         self._known_residuals: dict[Any, Any] = {}
 
