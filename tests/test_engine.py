@@ -582,7 +582,7 @@ def test_plans_of_every_generated_architecture(split, size):
 def test_chunks_hold_every_node_once():
     graphs = [Case.of(Architecture(EXCITE, n)).graph for n in (4, 14)]
     nodes = {}
-    for chunk in make_chunks(graphs):
+    for chunk in make_chunks(GHN(), graphs):
         count = len(chunk.owners)
         assert (chunk.nodes[count:] == -1).all() and (chunk.nodes[:count] >= 0).all()
         for node, owner in zip(chunk.nodes, chunk.owners, strict=False):
@@ -599,7 +599,7 @@ def test_chunks_hold_every_node_once():
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_tiles_of_chunks_are_those_of_their_nodes(engine, decoder):
     """Decoding in chunks is decoding; gradients too, whatever stands where a chunk has no node."""
-    ghn = GHN(max_shape=(12, 16, 3, 3), decoder=decoder)
+    ghn = GHN(max_shape=(12, 16, 3, 3), decoder=decoder, rank=4)
     edges = (("conv_1x1", 0), ("sep_conv_3x3", 1))
     arch = Architecture(Genotype(edges, (2,), edges, (2,)), 3, C=8)
     graphs = [Case.of(arch.replace(n_cells=n)).graph for n in (3, 14)]
@@ -609,7 +609,7 @@ def test_tiles_of_chunks_are_those_of_their_nodes(engine, decoder):
     programs = TilePrograms(ghn, engine, params)
     states, residuals = programs.encode(graph)(params, graph)
     assert_close(states, encode(params), 1e-5)
-    chunks = make_chunks(graphs)
+    chunks = make_chunks(ghn, graphs)
     assert any(len(c.owners) < len(c.nodes) for c in chunks)
     assert len({c.kind for c in chunks}) < len(chunks)  # more nodes of a kind than a chunk has
 

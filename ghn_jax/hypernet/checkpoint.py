@@ -27,7 +27,7 @@ def ghn_config(ghn: GHN) -> dict[str, Any]:
 
 
 # Fields that came later: a checkpoint without one is of their default.
-_LATER = {"decoder"}
+_LATER = {"decoder", "layers", "heads", "remat", "bfloat16", "rank", "factor_size"}
 
 
 def _ghn_from_config(config: dict[str, Any], path: Path) -> GHN:

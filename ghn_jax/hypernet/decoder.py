@@ -67,9 +67,7 @@ def nearest_shape(
 def table_rows(shape: jax.Array, num_classes: int, largest_kernel: int) -> list[jax.Array]:
     """(N, 4) shapes as `ShapeEncoder` takes them -> four (N,) rows of its tables."""
     by_value = [jnp.asarray(rows) for rows in _rows(num_classes, largest_kernel)]
-    return [
-        by_value[i // 2][jnp.minimum(shape[:, i], len(by_value[i // 2]) - 1)] for i in range(4)
-    ]
+    return [by_value[i // 2][jnp.minimum(shape[:, i], len(by_value[i // 2]) - 1)] for i in range(4)]
 
 
 class ShapeEncoder(nn.Module):
@@ -216,7 +214,6 @@ class Decoder(nn.Module):
         sums = dict(sums)
         for name, gradient in part.items():
             if name in self.by_position:
-
                 window = (..., *self.window(kind.height, kind.width))
 
                 def add(total, g, window=window):

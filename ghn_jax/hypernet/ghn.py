@@ -244,7 +244,7 @@ ENCODERS: dict[str, Callable[[GHN], nn.Module]] = {
     "mlp": lambda ghn: NodeMLP(ghn.features),
 }
 # Decoders by name: the fields of a hypernetwork -> a class, and what it has beside those of all.
-DECODERS: dict[str, Callable[[GHN], tuple[type[Decoder], dict[str, int]]]] = {
+DECODERS: dict[str, Callable[[GHN], tuple[type[Decoder], dict[str, Any]]]] = {
     "conv": lambda ghn: (CentredDecoder if ghn.encoder == "graphormer" else ConvDecoder, {}),
     "lowrank": lambda ghn: (LowRankDecoder, _factors(ghn)),
     "lowrank_1d": lambda ghn: (LowRankVectorDecoder, _factors(ghn)),
@@ -252,7 +252,7 @@ DECODERS: dict[str, Callable[[GHN], tuple[type[Decoder], dict[str, int]]]] = {
 }
 
 
-def _factors(ghn: GHN) -> dict[str, int]:
+def _factors(ghn: GHN) -> dict[str, Any]:
     out, in_, height, width = ghn.max_shape
     return {"rank": ghn.rank, "factor_size": ghn.factor_size or max(out * height, in_ * width)}
 
@@ -264,7 +264,9 @@ def check_choices(ghn: GHN) -> None:
             raise ValueError(
                 f"{field} is {getattr(ghn, field)!r}; allowed: {', '.join(map(repr, known))}"
             )
-    if ghn.encoder == "graphormer" and (ghn.layers < 1 or ghn.heads < 1 or ghn.features % ghn.heads):
+    if ghn.encoder == "graphormer" and (
+        ghn.layers < 1 or ghn.heads < 1 or ghn.features % ghn.heads
+    ):
         raise ValueError(
             f"layers is {ghn.layers}, heads {ghn.heads} and features {ghn.features}; allowed: one "
             "layer or more, and heads that divide the features"

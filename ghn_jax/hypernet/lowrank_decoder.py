@@ -89,7 +89,8 @@ class LowRankDecoder(Decoder):
             return min(next_power_of_two(channels), largest, self.factor_size // size)
 
         sizes = [
-            rounded(*of) for of in zip(shape, self.max_shape, (kind.height, kind.width), strict=False)
+            rounded(*of)
+            for of in zip(shape, self.max_shape, (kind.height, kind.width), strict=False)
         ]
         return TileKind(kind.decoder, kind.height, kind.width, *sizes)
 

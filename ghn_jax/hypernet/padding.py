@@ -139,9 +139,7 @@ def pad_graphs(
 def _apart(nodes: np.ndarray, offsets: np.ndarray, n_node: int, largest: int) -> np.ndarray:
     """(graphs, largest) nodes of each graph, n_node where it has less."""
     if nodes.max() > largest:
-        raise ValueError(
-            f"a graph has {nodes.max()} nodes, more than largest={largest}; raise it"
-        )
+        raise ValueError(f"a graph has {nodes.max()} nodes, more than largest={largest}; raise it")
     places = np.arange(largest)
     return np.where(places < nodes[:, None], places + offsets[:, None], n_node).astype(np.int32)
 

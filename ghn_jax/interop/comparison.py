@@ -45,6 +45,7 @@ def compare_graphs(ours: tuple[list, np.ndarray], theirs: tuple[list, np.ndarray
 
 
 def labels(primitives, shapes) -> list[tuple]:
+    """What `compare_graphs` is to know about each node: primitive and shape of its parameter."""
     pools = ("max_pool", "avg_pool")  # their kernel is no parameter
     return [
         (name, None if name in pools or shape is None else tuple(shape))

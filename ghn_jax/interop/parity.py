@@ -32,9 +32,7 @@ from ghn_jax.engine.compilation import single_run_options
 from ghn_jax.evaluation.batch_statistics import apply_on_batch
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.interop import parity_ghn3
-from ghn_jax.interop.comparison import compare_graphs as _compare_graphs
-from ghn_jax.interop.comparison import labels as _labels
-from ghn_jax.interop.comparison import match_nodes, relative_error
+from ghn_jax.interop.comparison import compare_graphs, match_nodes, relative_error
 from ghn_jax.interop.torch_ghn import load_torch_ghn, to_torch_tensors
 from ghn_jax.interop.torch_network import to_torch
 from ghn_jax.tracing.model_graph import model_graph
@@ -272,7 +270,7 @@ def check_nets(path: Path, split: str) -> dict[str, float]:
         theirs = list(zip(stored.names, stored.primitives, stored.cells.tolist(), strict=True))
         primitives = [PRIMITIVES[p] for p in built.primitives]
         ours = list(zip(built.names, primitives, built.cells.tolist(), strict=True))
-        wrong += _compare_graphs((ours, built.edges), (theirs, edges))[0]
+        wrong += compare_graphs((ours, built.edges), (theirs, edges))[0]
         wrong += abs(len(edges) - len(built.edges))
         arch = Architecture.from_dict(entry).replace(C=32, fc_dim=256)
         for size, key in ((32, "cifar10"), (224, "imagenet")):

@@ -189,6 +189,7 @@ def check_decoder(file: Mapping, ghn: GHN, variables) -> dict[str, float]:
 
 def _gradient(ghn: GHN, variables, arch: Architecture, images, labels):
     """Gradient of a training step's loss by its definition."""
+
     def loss(variables):
         return meta_loss(
             ghn, variables["params"], [arch], images, labels, smoothing=SMOOTHING,

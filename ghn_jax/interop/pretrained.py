@@ -53,9 +53,10 @@ def _from_folder(path: Path) -> tuple[GHN, dict]:
     if len(files) == 1:
         return from_pretrained(files[0])
     held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+    problem = "several checkpoints" if files else "no hypernetwork"
     raise ValueError(
-        f"{path} holds {held}: {'several files' if files else 'no hypernetwork'}; allowed: a folder "
-        "of save_ghn or of a training run, or one with a single checkpoint of the authors' code"
+        f"{path} holds {problem}, but {held}; allowed: a folder of save_ghn or of a training run, "
+        "or one with a single checkpoint of the authors' code"
     )
 
 

@@ -178,9 +178,7 @@ def config_of(ghn: GHN) -> dict[str, Any]:
         config |= {"hypernet": "gatedgnn", "decoder": "conv", "is_ghn2": False}
         config |= {"layers": ghn.layers, "heads": ghn.heads}
         if ghn.decoder != "conv":
-            size = ghn.factor_size or max(
-                ghn.max_shape[i] * ghn.max_shape[i + 2] for i in range(2)
-            )
+            size = ghn.factor_size or max(ghn.max_shape[i] * ghn.max_shape[i + 2] for i in range(2))
             config |= {"lora": True, "lora_r": ghn.rank, "max_ck_lora": size}
             config["use_1d_decoder"] = ghn.decoder == "lowrank_1d"
     return config

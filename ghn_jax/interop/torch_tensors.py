@@ -1,4 +1,4 @@
-"""Every tensor of a hypernetwork: its name in the authors' code, and where and how it is kept here."""
+"""Every tensor of a hypernetwork: its name in the authors' code, and where and how it is here."""
 
 from __future__ import annotations
 

@@ -138,7 +138,8 @@ def make_meta_batch(
     local = [graphs[i] for i in members]
     return MetaBatch(
         tuple(members), tuple(plans[i] for i in members), tuple(costs[i] for i in members),
-        _join(ghn, local, graph_nodes), make_chunks(local, ghn.tile_kind), nodes, tuple(architectures), position,
+        _join(ghn, local, graph_nodes), make_chunks(ghn, local), nodes, tuple(architectures),
+        position,
     )  # fmt: skip
 
 
