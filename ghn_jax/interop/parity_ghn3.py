@@ -90,6 +90,43 @@ def checks(
             yield f"{path.name} ({way})", step
 
 
+def encoder_states(ghn: GHN, variables, graph: Graph) -> dict[str, np.ndarray]:
+    """The states of a Graphormer on their way, under the files' names and for padded nodes.
+
+    Returns:
+      (n, d) node states, (n, n, heads) edge biases [query, key], (heads, n, n) attention.
+    """
+    padded = pad_graphs([graph])
+    shown = {
+        Graphormer: ("node_states",), EdgeBias: ("__call__",),
+        GraphormerLayer: ("__call__", "attended"), GHN: ("initial_states",),
+    }  # fmt: skip
+
+    def run(variables):
+        final, found = ghn.apply(
+            variables,
+            padded,
+            capture_intermediates=lambda module, name: name in shown.get(type(module), ()),
+        )
+        of = found["intermediates"]
+        gnn = of["gnn"]
+        bias = gnn["edge_bias"]["__call__"][0]
+        real = jnp.arange(bias.shape[-1]) < len(graph)
+        states = {
+            "node_and_shape": of["initial_states"][0], "input": gnn["node_states"][0][0],
+            "edge_bias": bias[0].transpose(1, 2, 0), "embedding": final,
+        }  # fmt: skip
+        for i in range(ghn.layers):
+            layer = gnn[f"layer_{i}"]
+            q, k, _ = layer["attended"][0]
+            states[f"layer{i + 1}"] = layer["__call__"][0][0]
+            states[f"attention{i + 1}"] = _attention(q, k, bias, real)[0]
+        return states
+
+    states = jax.jit(run, compiler_options=single_run_options())(variables)
+    return {name: np.asarray(x) for name, x in states.items()}
+
+
 def check_layers(
     entry: Mapping, network: Mapping, file: Mapping, ghn: GHN, variables
 ) -> dict[str, float]:
@@ -97,56 +134,30 @@ def check_layers(
     arch = Architecture.from_dict(entry["net"])
     graph = ghn.graph(arch, image_size=224 if entry.get("imagenet") else 32)
     wrong, order = match_nodes(entry, network, graph)
-    padded = pad_graphs([graph])
-    rows = table_rows(padded.nodes["shape"], ghn.num_classes, ghn.max_shape[2])
+    rows = table_rows(pad_graphs([graph]).nodes["shape"], ghn.num_classes, ghn.max_shape[2])
     wrong += int((np.stack(rows, 1)[order] != file["shape_index"]).sum())
-
-    shown = {
-        Graphormer: ("node_states",), EdgeBias: ("__call__",),
-        GraphormerLayer: ("__call__", "attended"),
-    }  # fmt: skip
-    final, found = ghn.apply(
-        variables,
-        padded,
-        capture_intermediates=lambda module, name: (
-            name in shown.get(type(module), ()) or name == "initial_states"
-        ),
-    )
-    of = found["intermediates"]
-    gnn = of["gnn"]
-
-    def matched(states):
-        return np.asarray(states).reshape(-1, states.shape[-1])[order]
-
-    bias = gnn["edge_bias"]["__call__"][0]
-    ours = {
-        "node_and_shape": matched(of["initial_states"][0]),
-        "input": matched(gnn["node_states"][0]),
-        "edge_bias": np.asarray(bias)[0].transpose(1, 2, 0)[order][:, order],
-        "embedding": matched(final),
-    }
-    real = jnp.arange(bias.shape[-1]) < len(graph)
-    for i in range(ghn.layers):
-        layer = gnn[f"layer_{i}"]
-        ours[f"layer{i + 1}"] = matched(layer["__call__"][0])
-        q, k, _ = layer["attended"][0]
-        # Of values that are the rows of the identity, attention gives its weights.
-        one = jnp.broadcast_to(jnp.eye(q.shape[1])[None, :, None], (*q.shape[:3], q.shape[1]))
-        weights = _attention(q, k, one, bias, real)
-        ours[f"attention{i + 1}"] = np.asarray(weights)[0].transpose(1, 0, 2)[:, order][..., order]
-    errors = {name: relative_error(x, file[name]) for name, x in ours.items()}
+    errors = {}
+    for name, states in encoder_states(ghn, variables, graph).items():
+        if name.startswith("attention"):
+            states = states[:, order][..., order]
+        elif name == "edge_bias":
+            states = states[order][:, order]
+        else:
+            states = states[order]
+        errors[name] = relative_error(states, file[name])
     embedding = errors.pop("embedding")
     return {"graph": float(wrong), "states": max(errors.values()), "embedding": embedding}
 
 
-def _attention(q, k, v, bias, real):
-    """`dot_product_attention` with values of another size than queries have."""
-    size = q.shape[-1]
+def _attention(q: jax.Array, k: jax.Array, bias: jax.Array, real: jax.Array) -> jax.Array:
+    """(B, heads, M, M) attention: it gives its weights where values are rows of the identity."""
+    count, size = q.shape[1], q.shape[-1]
+    one = jnp.broadcast_to(jnp.eye(count)[None, :, None], (*q.shape[:3], count))
     parts = [
-        jax.nn.dot_product_attention(q, k, v[..., i : i + size], bias, real[None, None, None])
-        for i in range(0, v.shape[-1], size)
+        jax.nn.dot_product_attention(q, k, one[..., i : i + size], bias, real[None, None, None])
+        for i in range(0, count, size)
     ]
-    return jnp.concatenate(parts, -1)
+    return jnp.concatenate(parts, -1).swapaxes(1, 2)
 
 
 _PRIMITIVES = {
@@ -155,29 +166,44 @@ _PRIMITIVES = {
 }  # fmt: skip
 
 
+def _graph_of(kind: str, shape: tuple[int, ...]) -> Graph:
+    """A graph whose node 1 has a parameter of a kind that a file names."""
+    primitive = "pos_enc" if len(shape) == 4 and shape[0] == 1 else _PRIMITIVES[kind]
+    return Graph(
+        np.array([PRIMITIVE_ID["input"], PRIMITIVE_ID[primitive]], np.int32),
+        np.zeros((0, 3), np.int32),
+        [None, shape],
+        ["input", "x.weight"],
+        np.zeros(2, np.int32),
+        {"class_weight": (1,), "class_bias": (0, 1)}.get(kind, ()),
+    )
+
+
 def check_decoder(file: Mapping, ghn: GHN, variables) -> dict[str, float]:
     """Errors of tensors decoded from given embeddings, before and after normalisation."""
-    errors = []
-    for i, (kind, text) in enumerate(zip(file["kinds"], file["shapes"], strict=True)):
-        kind, shape = str(kind), tuple(json.loads(str(text)))
-        primitive = "pos_enc" if len(shape) == 4 and shape[0] == 1 else _PRIMITIVES[kind]
-        graph = Graph(
-            np.array([PRIMITIVE_ID["input"], PRIMITIVE_ID[primitive]], np.int32),
-            np.zeros((0, 3), np.int32),
-            [None, shape],
-            ["input", "x.weight"],
-            np.zeros(2, np.int32),
-            {"class_weight": (1,), "class_bias": (0, 1)}.get(kind, ()),
-        )
-        tile_kind = ghn.tile_kind(graph, 1)
-        assert tile_kind is not None
+    given = [
+        (str(kind), tuple(json.loads(str(text))))
+        for kind, text in zip(file["kinds"], file["shapes"], strict=True)
+    ]
+    graphs = [_graph_of(*of) for of in given]
+
+    def decode(variables):
+        kinds = [ghn.tile_kind(graph, 1) for graph in graphs]
+        return [
+            ghn.apply(variables, jnp.asarray(file["x"][i : i + 1]), kind, method="decode")[0]
+            for i, kind in enumerate(kinds)
+        ]
+
+    for _, shape in given:
         reason = ghn.undecodable(shape)
         if reason:
             raise ValueError(f"no decoder makes the shape {shape}: {reason}")
-        tile = ghn.apply(variables, jnp.asarray(file["x"][i : i + 1]), tile_kind, method="decode")
+    tiles = jax.jit(decode, compiler_options=single_run_options())(variables)
+    errors = []
+    for i, ((kind, shape), graph, tile) in enumerate(zip(given, graphs, tiles, strict=True)):
         leaf = "bias" if kind in ("norm_bias", "bias", "class_bias") else None
         for name, normalise in (("raw", False), ("param", ghn.normalise)):
-            tensors = node_tensors(graph, 1, np.asarray(tile)[0], normalise, np)
+            tensors = node_tensors(graph, 1, np.asarray(tile), normalise, np)
             tensor = np.asarray(tensors[leaf or next(iter(tensors))])
             if tensor.ndim == 3:  # a positional encoding
                 tensor = tensor.transpose(2, 0, 1)
