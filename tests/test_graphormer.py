@@ -410,7 +410,7 @@ def test_a_tensor_that_is_cut_short(tmp_path):
         (b"", "an empty file"),
         (b"hello", "nothing that is known"),
         (pickled(0x1950A86A20F9469CFC6C, protocol=2), "PyTorch before 1.6"),
-        (joblib_dump({"conv1.weight": np.zeros(3)}), "no hypernetwork's: conv1.weight"),
+        (joblib_dump({"conv1.weight": np.zeros(3)}), "is no hypernetwork: .* conv1.weight"),
         (pickled({"state_dict": {}, "norm": 1}), "is no hypernetwork: it holds state_dict, norm"),
     ],
 )

@@ -106,7 +106,7 @@ def load_torch_ghn(path: str | Path) -> tuple[GHN, dict]:
     config, state = _read(path)
     if config is None and not any(name.startswith(("gnn.", "decoder.")) for name in state):
         raise ValueError(
-            f"{path}: its config has NoneType, and its tensors are no hypernetwork's: "
+            f"{path} is no hypernetwork: its config has NoneType, and its tensors are "
             f"{describe(state)}"
         )
     ghn = ghn_of(config, state, path)
