@@ -6,6 +6,7 @@ Encoders and decoders of later work are choices of the same module; `presets.py`
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -134,9 +135,8 @@ class GHN(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> tuple[GHN, dict]:
         """Loads a hypernetwork from whatever holds one; see `interop.pretrained`."""
-        from ghn_jax.interop.pretrained import from_pretrained  # which imports this file
-
-        return from_pretrained(path)
+        # Files of others are a matter of `interop`, which imports this package.
+        return importlib.import_module("ghn_jax.interop.pretrained").from_pretrained(path)
 
     def graph(self, arch: Architecture, *, image_size: int = 32) -> Graph:
         """The graph of an architecture as this hypernetwork needs it (its virtual edges).
