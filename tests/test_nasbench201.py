@@ -9,7 +9,7 @@ import ghn_jax
 from ghn_jax.evaluation import nasbench201 as nb
 from ghn_jax.evaluation.experiments import nasbench201 as experiment
 from ghn_jax.evaluation.experiments import neupred, regression
-from ghn_jax.interop.parity import _compare_graphs, _labels
+from ghn_jax.interop.comparison import compare_graphs, labels
 
 IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 NONE, SKIP, ONE, THREE, POOL = nb.OPERATIONS
@@ -104,10 +104,10 @@ def test_a_whole_graph_is_that_of_a_traced_network():
     traced = ghn_jax.model_graph(nb.NASBench201(cell, 100), IMAGES, 1)
     built = nb.cell_graph(cell, 1, num_classes=100)
     labelled = [
-        (_labels([ghn_jax.PRIMITIVES[p] for p in g.primitives], g.param_shapes), g.edges)
+        (labels([ghn_jax.PRIMITIVES[p] for p in g.primitives], g.param_shapes), g.edges)
         for g in (traced, built)
     ]
-    assert _compare_graphs(*labelled)[0] == 0
+    assert compare_graphs(*labelled)[0] == 0
     assert len(traced.edges) == len(built.edges)
 
 

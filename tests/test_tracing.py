@@ -17,7 +17,7 @@ from ghn_jax.deepnets1m import network
 from ghn_jax.deepnets1m.architecture import OPERATIONS
 from ghn_jax.deepnets1m.graph import PRIMITIVES
 from ghn_jax.deepnets1m.wiring import is_connected, wire
-from ghn_jax.interop.parity import _compare_graphs, _labels
+from ghn_jax.interop.comparison import compare_graphs, labels
 from ghn_jax.interop.torch_network import abstract_params
 from ghn_jax.tracing.jaxpr_graph import read_graph
 from ghn_jax.tracing.model_graph import model_graph, trace
@@ -27,12 +27,12 @@ FEATURES = jax.ShapeDtypeStruct((2, 16, 16, 8), jnp.float32)
 
 
 def labelled(graph):
-    return _labels([PRIMITIVES[p] for p in graph.primitives], graph.param_shapes), graph.edges
+    return labels([PRIMITIVES[p] for p in graph.primitives], graph.param_shapes), graph.edges
 
 
 def assert_same(traced, built):
     """The graphs are equal up to the order of their nodes, and have the same classifier."""
-    wrong, order = _compare_graphs(labelled(traced), labelled(built))
+    wrong, order = compare_graphs(labelled(traced), labelled(built))
     assert wrong == 0
     assert len(traced.edges) == len(built.edges)
     expected = [order[i] for i in built.classifier]

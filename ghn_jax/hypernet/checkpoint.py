@@ -34,7 +34,10 @@ def ghn_config(ghn: GHN) -> dict[str, Any]:
 
 
 # Fields that came later: a checkpoint without one is of their default.
-_LATER = {"decoder", "fan", "shape_encoding", "stack", "rounds", "forward_only"}
+_LATER = {
+    "decoder", "fan", "shape_encoding", "stack", "rounds", "forward_only", "layers", "heads",
+    "remat", "bfloat16", "rank", "factor_size",
+}  # fmt: skip
 
 
 def _ghn_from_config(config: dict[str, Any], path: Path) -> GHN:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from ghn_jax.hypernet.decoder import Decoder
-from ghn_jax.hypernet.gatedgnn import add_bias, dense, dense_params
+from ghn_jax.hypernet.gatedgnn import add_bias, dense
 
 _KERNEL = ("fc", "conv_0", "conv_1")
 
@@ -36,21 +36,22 @@ class ConvDecoder(Decoder):
         mid, wide = 4 * d, 8 * d
         positions = height * width
         # (d, 128, height, width): sliced to a kernel's positions before it is applied.
-        self.fc = dense_params(self, "fc", d, mid * positions)
-        self.conv_0 = dense_params(self, "conv_0", mid, wide)
-        self.conv_1 = dense_params(self, "conv_1", wide, in_ * out)
-        self.class_kernel = dense_params(self, "class_kernel", out, self.num_classes)
+        self.fc = self.layer("fc", d, mid * positions)
+        self.conv_0 = self.layer("conv_0", mid, wide)
+        self.conv_1 = self.layer("conv_1", wide, in_ * out)
+        self.class_kernel = self.layer("class_kernel", out, self.num_classes)
         super().setup()
 
     def _hidden(self, x: jax.Array, height: int, width: int) -> jax.Array:
         """(n, d) -> (n, height * width, 256), the kernel decoder up to its last convolution."""
         _, _, h, w = self.max_shape
         mid = 4 * self.features
-        kernel = self.fc["kernel"].reshape(-1, mid, h, w)[:, :, :height, :width]
-        bias = self.fc["bias"].reshape(mid, h, w)[:, :height, :width]
+        rows, columns = self.window(height, width)
+        kernel = self.fc["kernel"].reshape(-1, mid, h, w)[:, :, rows, columns]
+        bias = self.fc["bias"].reshape(mid, h, w)[:, rows, columns]
         kernel = kernel.transpose(0, 2, 3, 1).reshape(self.features, -1)
         bias = bias.transpose(1, 2, 0).reshape(-1)
-        y = nn.relu(add_bias(x @ kernel, bias)).reshape(len(x), height * width, mid)
+        y = nn.relu(add_bias(x @ kernel, bias)).reshape(len(x), -1, mid)
         return nn.relu(dense(self.conv_0, y))
 
     def _last(self, in_channels: slice, out_channels: slice):

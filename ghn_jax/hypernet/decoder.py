@@ -8,7 +8,7 @@ files of their own, such as `conv_decoder.py`; `ghn.DECODERS` names them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ghn_jax.hypernet.gatedgnn import dense, dense_params
-from ghn_jax.hypernet.tiling import TileKind
+from ghn_jax.hypernet.tiling import TileKind, undecodable
 
 LARGEST_CHANNELS = 8192
 
@@ -64,6 +64,12 @@ def nearest_shape(
     )
 
 
+def table_rows(shape: jax.Array, num_classes: int, largest_kernel: int) -> list[jax.Array]:
+    """(N, 4) shapes as `ShapeEncoder` takes them -> four (N,) rows of its tables."""
+    by_value = [jnp.asarray(rows) for rows in _rows(num_classes, largest_kernel)]
+    return [by_value[i // 2][jnp.minimum(shape[:, i], len(by_value[i // 2]) - 1)] for i in range(4)]
+
+
 class ShapeEncoder(nn.Module):
     """Encodes parameter shapes (B.1): four 8-vectors for out, in, height, width.
 
@@ -73,22 +79,19 @@ class ShapeEncoder(nn.Module):
     features: int
     num_classes: int
     largest_kernel: int
+    table_init: Callable = nn.initializers.normal(1.0)  # PyTorch's default for embeddings
 
     @nn.compact
     def __call__(self, shape: jax.Array) -> jax.Array:
         """(N, 4) int32 (out, in, height, width), zeros for no parameter -> (N, features)."""
         channels = channel_table(self.num_classes)
         spatial = spatial_table(self.largest_kernel)
-        normal = nn.initializers.normal(1.0)  # PyTorch's default for embeddings
         d = self.features // 4
-        by_channel = self.param("channel", normal, (len(channels) + 1, d))
-        by_size = self.param("spatial", normal, (len(spatial) + 1, d))
-        channel_rows, spatial_rows = map(jnp.asarray, _rows(self.num_classes, self.largest_kernel))
-        rows = [
-            by_channel[channel_rows[jnp.minimum(shape[:, i], len(channel_rows) - 1)]]
-            for i in (0, 1)
-        ] + [by_size[spatial_rows[jnp.minimum(shape[:, i], len(spatial_rows) - 1)]] for i in (2, 3)]
-        return jnp.concatenate(rows, axis=-1)
+        by_channel = self.param("channel", self.table_init, (len(channels) + 1, d))
+        by_size = self.param("spatial", self.table_init, (len(spatial) + 1, d))
+        rows = table_rows(shape, self.num_classes, self.largest_kernel)
+        tables = by_channel, by_channel, by_size, by_size
+        return jnp.concatenate([t[r] for t, r in zip(tables, rows, strict=True)], axis=-1)
 
 
 class Decoder(nn.Module):
@@ -114,17 +117,33 @@ class Decoder(nn.Module):
     # A subclass adds its own: a method's name -> names of the parameters that it reads.
     reads: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vector": ("vector_0", "vector_1"),
+        "scale": ("vector_0", "vector_1"),
         "classifier_bias": ("vector_0", "vector_1", "class_bias"),
     }
     # Layers whose outputs are (..., height, width): of them, only a kernel's positions are read.
     by_position: ClassVar[tuple[str, ...]] = ()
+    # Layers that begin small.
+    small: ClassVar[tuple[str, ...]] = ()
 
     def setup(self):
+        """Makes the layers that all decoders have."""
+        self.make_vectors()
+
+    def make_vectors(self):
         """Makes the layers of vectors and of the classifier's bias."""
-        d, largest = self.features, max(self.max_shape[:2])
-        self.vector_0 = dense_params(self, "vector_0", d, 2 * d)
-        self.vector_1 = dense_params(self, "vector_1", 2 * d, 2 * largest)
-        self.class_bias = dense_params(self, "class_bias", largest, self.num_classes)
+        d, largest = self.features, self.vector_size
+        self.vector_0 = self.layer("vector_0", d, 2 * d)
+        self.vector_1 = self.layer("vector_1", 2 * d, 2 * largest)
+        self.class_bias = self.layer("class_bias", largest, self.num_classes)
+
+    def layer(self, name: str, n_in: int, n_out: int):
+        """Makes the parameters of a linear layer."""
+        return dense_params(self, name, n_in, n_out, small=name in self.small)
+
+    @property
+    def vector_size(self) -> int:
+        """Number of channels of a vector's tile."""
+        return max(self.max_shape[:2])
 
     def __call__(self, states: jax.Array, kind: TileKind) -> jax.Array:
         """Decodes (n, d) node states to n tiles of one kind."""
@@ -138,11 +157,28 @@ class Decoder(nn.Module):
         y = dense(self.vector_1, nn.relu(dense(self.vector_0, x)))
         return y.reshape(len(x), 2, -1)
 
+    def scale(self, x: jax.Array) -> jax.Array:
+        """(n, d) -> (n, 128): a layer scale of ConvNeXt."""
+        return self.vector(x).reshape(len(x), -1)
+
     def classifier_bias(self, x: jax.Array) -> jax.Array:
         """(n, d) -> (n, classes)."""
         return dense(self.class_bias, nn.relu(self.vector(x)[:, 1]))
 
-    # --- Parts of the parameters, of a decoder that is bound to none ---
+    # --- Of a decoder that is bound to no parameters ---
+
+    def undecodable(self, shape: tuple[int, ...]) -> str | None:
+        """Why it makes no parameter of some shape (PyTorch's order), None where it does."""
+        return undecodable(shape, self.max_shape)
+
+    def sized(self, kind: TileKind, shape: tuple[int, ...]) -> TileKind:
+        """The kind of tile for a parameter of some shape, with the channels that it is to have."""
+        del shape
+        return kind
+
+    def window(self, height: int, width: int) -> tuple[slice, slice]:
+        """The rows and columns of the largest tile that a kernel reads."""
+        return slice(0, height), slice(0, width)
 
     def _positions(self, x: jax.Array) -> jax.Array:
         """(..., outputs) of a layer in `by_position` -> (..., outputs, height, width)."""
@@ -153,8 +189,10 @@ class Decoder(nn.Module):
         if name not in self.by_position:
             return params[name]
 
+        rows, columns = self.window(kind.height, kind.width)
+
         def few(x):
-            x = self._positions(x)[..., : kind.height, : kind.width]
+            x = self._positions(x)[..., rows, columns]
             return x.reshape(*x.shape[:-3], -1)
 
         return jax.tree.map(few, params[name])
@@ -165,7 +203,9 @@ class Decoder(nn.Module):
 
     def decode_part(self, params, part, states: jax.Array, kind: TileKind) -> jax.Array:
         """(n, d) -> n tiles of a kind, from its part; of all parameters no value is read."""
-        small = self.clone(max_shape=(*self.max_shape[:2], kind.height, kind.width))
+        rows, columns = self.window(kind.height, kind.width)
+        size = rows.stop - rows.start, columns.stop - columns.start
+        small = self.clone(max_shape=(*self.max_shape[:2], *size))
         unread = {name: self._sliced(params, name, kind) for name in params}
         return cast(jax.Array, small.apply({"params": {**unread, **part}}, states, kind))
 
@@ -174,11 +214,11 @@ class Decoder(nn.Module):
         sums = dict(sums)
         for name, gradient in part.items():
             if name in self.by_position:
+                window = (..., *self.window(kind.height, kind.width))
 
-                def add(total, g):
+                def add(total, g, window=window):
                     positions = self._positions(total)
-                    g = g.reshape(*positions.shape[:-2], kind.height, kind.width)
-                    added = positions.at[..., : kind.height, : kind.width].add(g)
+                    added = positions.at[window].add(g.reshape(positions[window].shape))
                     return added.reshape(total.shape)
 
                 sums[name] = jax.tree.map(add, sums[name], gradient)

@@ -23,16 +23,28 @@ def bias_init(fan_in: int):
     return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def dense_params(module: nn.Module, name: str, n_in: int, n_out: int, fan_in: int | None = None):
-    """Creates the parameters {'kernel': (n_in, n_out), 'bias': (n_out,)} of a linear layer."""
+def dense_params(
+    module: nn.Module,
+    name: str,
+    n_in: int,
+    n_out: int,
+    fan_in: int | None = None,
+    *,
+    small: bool = False,
+):
+    """Creates the parameters {'kernel': (n_in, n_out), 'bias': (n_out,)} of a linear layer.
+
+    A small one begins with a fifth of the weights, and biases of zero.
+    """
     fan_in = fan_in or n_in
+    bound = fan_in**-0.5 / (5 if small else 1)
     return module.param(
         name,
         lambda key: {
-            "kernel": jax.random.uniform(
-                key, (n_in, n_out), minval=-(fan_in**-0.5), maxval=fan_in**-0.5
-            ),
-            "bias": bias_init(fan_in)(jax.random.fold_in(key, 1), (n_out,)),
+            "kernel": jax.random.uniform(key, (n_in, n_out), minval=-bound, maxval=bound),
+            "bias": jnp.zeros(n_out)
+            if small
+            else bias_init(fan_in)(jax.random.fold_in(key, 1), (n_out,)),
         },
     )
 

@@ -1,10 +1,15 @@
-"""Graph HyperNetworks (paper § 2.2, § 4): GHN-2, the GHN-1 baseline and the MLP baseline."""
+"""Graph HyperNetworks (paper § 2.2, § 4): GHN-2, the GHN-1 baseline and the MLP baseline.
+
+Encoders and decoders of later work are choices of the same module; `presets.py` has its models.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import flax.linen as nn
@@ -15,9 +20,12 @@ import numpy as np
 
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph, build_graph
+from ghn_jax.hypernet.centred_decoder import CentredDecoder
 from ghn_jax.hypernet.conv_decoder import ConvDecoder
 from ghn_jax.hypernet.decoder import Decoder, ShapeEncoder
 from ghn_jax.hypernet.gatedgnn import GatedGNN, NodeMLP
+from ghn_jax.hypernet.graphormer import Graphormer, table_init
+from ghn_jax.hypernet.lowrank_decoder import LowRankDecoder, LowRankVectorDecoder
 from ghn_jax.hypernet.mlp_decoder import MLPDecoder
 from ghn_jax.hypernet.padding import next_power_of_two, pad_graphs
 from ghn_jax.hypernet.tiling import (
@@ -39,8 +47,11 @@ class GHN(nn.Module):
       num_classes: classes of the image dataset.
       max_shape: (out, in, height, width) of the largest decoded tile; larger parameters are tiled
         along channels.
-      encoder: a name in `ENCODERS`: 'gatedgnn', or 'mlp' for node states without message passing.
-      decoder: a name in `DECODERS`: 'conv', the compact one of B.1, or 'mlp', that of vanilla GHNs.
+      encoder: a name in `ENCODERS`: 'gatedgnn', 'graphormer', that of GHN-3, or 'mlp' for node
+        states without message passing.
+      decoder: a name in `DECODERS`: 'conv', the compact one of B.1 (with a Graphormer, GHN-3's: its
+        kernels are the centres of tiles), 'mlp', that of vanilla GHNs, 'lowrank', LoGAH's, or
+        'lowrank_1d', with layers of their own for vectors.
       virtual_edges: s^(max) of Eq. 4 (GHN-2: 50); 1 for real edges only (GHN-1).
       virtual_includes_real: sum over virtual edges from s = 1, as the released checkpoints were
         trained, in place of the paper's 1 < s.
@@ -55,6 +66,13 @@ class GHN(nn.Module):
       features: d, size of node states.
       dummy_op: an extra row of the op embedding for padding nodes, as the paper prints it (B.2.1);
         released checkpoints have none.
+      layers, heads: of the Graphormer.
+      remat: let the Graphormer compute its layers again in the backward pass: less memory.
+      bfloat16: let it compute products in bfloat16.
+      rank: r of low-rank decoders, which make weights as products (out * height, r) by (r, in *
+        width).
+      factor_size: K, the most rows and columns of such a product; if not given, as many as
+        `max_shape` has.
     """
 
     num_classes: int = 10
@@ -72,15 +90,22 @@ class GHN(nn.Module):
     forward_only: bool = False
     features: int = 32
     dummy_op: bool = True
+    layers: int = 3
+    heads: int = 8
+    remat: bool = False
+    bfloat16: bool = False
+    rank: int = 32
+    factor_size: int | None = None
 
     def setup(self):
         """Makes the parts; their parameters are shared by everything below."""
         check_choices(self)
         d = self.features
         rows = len(PRIMITIVES) + self.dummy_op
-        self.op_embedding = self.param("op_embedding", nn.initializers.normal(1.0), (rows, d))
+        init = table_init if self.encoder == "graphormer" else nn.initializers.normal(1.0)
+        self.op_embedding = self.param("op_embedding", init, (rows, d))
         if self.shape_encoding:
-            self.shape_encoder = ShapeEncoder(d, self.num_classes, self.max_shape[2])
+            self.shape_encoder = ShapeEncoder(d, self.num_classes, self.max_shape[2], init)
         self.gnn = ENCODERS[self.encoder](self)
         self.stacked = [ENCODERS[self.encoder](self) for _ in range(self.stack - 1)]
         if self.layer_norm:
@@ -89,13 +114,16 @@ class GHN(nn.Module):
 
     def __call__(self, graph: jraph.GraphsTuple) -> jax.Array:
         """Encodes a padded batch of graphs: (N, d) final node states."""
-        rows = jnp.minimum(graph.nodes["primitive"], self.op_embedding.shape[0] - 1)
-        x = self.op_embedding[rows]
-        if self.shape_encoding:
-            x = x + self.shape_encoder(graph.nodes["shape"])
+        x = self.initial_states(graph)
         for gnn in (self.gnn, *self.stacked):
             x = gnn(x, graph)
         return self.norm(x) if self.layer_norm else x
+
+    def initial_states(self, graph: jraph.GraphsTuple) -> jax.Array:
+        """(N, d) embeddings of nodes' primitives and parameter shapes."""
+        rows = jnp.minimum(graph.nodes["primitive"], self.op_embedding.shape[0] - 1)
+        x = self.op_embedding[rows]
+        return x + self.shape_encoder(graph.nodes["shape"]) if self.shape_encoding else x
 
     def decode(self, states: jax.Array, kind: TileKind) -> jax.Array:
         """Decodes (n, d) node states to n tiles of one kind; see `decoder.Decoder`."""
@@ -120,6 +148,12 @@ class GHN(nn.Module):
 
     # --- What users call ---
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> tuple[GHN, dict]:
+        """Loads a hypernetwork from whatever holds one; see `interop.pretrained`."""
+        # Files of others are a matter of `interop`, which imports this package.
+        return importlib.import_module("ghn_jax.interop.pretrained").from_pretrained(path)
+
     def graph(self, arch: Architecture, *, image_size: int = 32) -> Graph:
         """The graph of an architecture as this hypernetwork needs it (its virtual edges).
 
@@ -130,8 +164,17 @@ class GHN(nn.Module):
         graph = build_graph(
             arch, self.virtual_edges, num_classes=self.num_classes, image_size=image_size
         )
-        check_decodable(graph, self.max_shape)
+        check_decodable(graph, self.undecodable)
         return graph
+
+    def undecodable(self, shape: tuple[int, ...]) -> str | None:
+        """Why the decoder makes no parameter of some shape, None where it does."""
+        return free_decoder(self).undecodable(shape)
+
+    def tile_kind(self, graph: Graph, node: int) -> TileKind | None:
+        """The kind of tile that a node's parameter is made from, None for a node without one."""
+        kind = tile_kind(graph, node)
+        return kind and free_decoder(self).sized(kind, graph.param_shapes[node] or ())
 
     def embed(self, variables, arch: Architecture | Graph, *, image_size: int = 32) -> jax.Array:
         """(N, d) final node states of one architecture, in the order of its graph's nodes."""
@@ -164,7 +207,7 @@ class GHN(nn.Module):
         """
         graph = arch if isinstance(arch, Graph) else self.graph(arch, image_size=image_size)
         if isinstance(arch, Graph):
-            check_decodable(graph, self.max_shape)
+            check_decodable(graph, self.undecodable)
         params = named_tree(graph, self.tensors(variables, graph))
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
         return params if traced else jax.tree.map(jnp.asarray, params)
@@ -186,7 +229,7 @@ class GHN(nn.Module):
         xp = jnp if isinstance(states, jax.core.Tracer) else np
         groups = defaultdict(list)
         for node in range(len(graph)) if nodes is None else nodes:
-            kind = tile_kind(graph, node)
+            kind = self.tile_kind(graph, node)
             if kind is not None:
                 groups[kind].append(node)
         decoded = {}
@@ -211,9 +254,27 @@ ENCODERS: dict[str, Callable[[GHN], nn.Module]] = {
         ghn.rounds,
         ghn.forward_only,
     ),
+    "graphormer": lambda ghn: Graphormer(
+        ghn.features,
+        ghn.layers,
+        ghn.heads,
+        ghn.remat,
+        jnp.dtype(jnp.bfloat16 if ghn.bfloat16 else jnp.float32),
+    ),
     "mlp": lambda ghn: NodeMLP(ghn.features),
 }
-DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "mlp": MLPDecoder}
+# Decoders by name: the fields of a hypernetwork -> a class, and what it has beside those of all.
+DECODERS: dict[str, Callable[[GHN], tuple[type[Decoder], dict[str, Any]]]] = {
+    "conv": lambda ghn: (CentredDecoder if ghn.encoder == "graphormer" else ConvDecoder, {}),
+    "lowrank": lambda ghn: (LowRankDecoder, _factors(ghn)),
+    "lowrank_1d": lambda ghn: (LowRankVectorDecoder, _factors(ghn)),
+    "mlp": lambda ghn: (MLPDecoder, {}),
+}
+
+
+def _factors(ghn: GHN) -> dict[str, Any]:
+    out, in_, height, width = ghn.max_shape
+    return {"rank": ghn.rank, "factor_size": ghn.factor_size or max(out * height, in_ * width)}
 
 
 def check_choices(ghn: GHN) -> None:
@@ -233,6 +294,17 @@ def check_choices(ghn: GHN) -> None:
         )
     if ghn.fan != "in" and not ghn.normalise:
         raise ValueError("fan is 'out', but normalise is False; allowed: 'in', or normalise")
+    if ghn.encoder == "graphormer" and (
+        ghn.layers < 1 or ghn.heads < 1 or ghn.features % ghn.heads
+    ):
+        raise ValueError(
+            f"layers is {ghn.layers}, heads {ghn.heads} and features {ghn.features}; allowed: one "
+            "layer or more, and heads that divide the features"
+        )
+    if ghn.rank < 1 or (ghn.factor_size is not None and ghn.factor_size < 1):
+        raise ValueError(
+            f"rank is {ghn.rank} and factor_size {ghn.factor_size}; allowed: 1 or more"
+        )
 
 
 def count_parameters(ghn: GHN) -> int:
@@ -240,9 +312,17 @@ def count_parameters(ghn: GHN) -> int:
     return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: ghn.init_variables(0))))
 
 
-def make_decoder(ghn: GHN, name: str | None = None) -> Decoder:
-    """The decoder of a hypernetwork, with the name that its parameters have."""
-    return DECODERS[ghn.decoder](ghn.features, ghn.max_shape, ghn.num_classes, name=name)
+def make_decoder(ghn: GHN, **place) -> Decoder:
+    """The decoder of a hypernetwork; `place` is Flax's, where its parameters are."""
+    decoder, more = DECODERS[ghn.decoder](ghn)
+    return decoder(ghn.features, ghn.max_shape, ghn.num_classes, **more, **place)
+
+
+@functools.lru_cache(maxsize=64)
+def free_decoder(ghn: GHN) -> Decoder:
+    """The decoder of a hypernetwork, bound to no parameters."""
+    check_choices(ghn)
+    return make_decoder(ghn, parent=None)
 
 
 @functools.partial(jax.jit, static_argnums=0)

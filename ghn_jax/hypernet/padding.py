@@ -1,7 +1,7 @@
 """Padded batches of graphs: every meta-batch has the same static shape.
 
 `pad_graphs` joins graphs to one `jraph.GraphsTuple`, and lists the order in which the GatedGNN
-updates its nodes.
+updates its nodes, or which nodes the Graphormer takes together.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def pad_graphs(
     *,
     n_step: int | None = None,
     width: int = SWEEP_WIDTH,
+    largest: int | None = None,
 ) -> jraph.GraphsTuple:
     """Joins graphs to one padded graph of static shape, in jraph's convention.
 
@@ -77,6 +78,7 @@ def pad_graphs(
         to; the next power of two if not given.
       n_step: number of sweep steps to pad to; the next power of two if not given.
       width: nodes that a sweep step updates at once, at most.
+      largest: nodes that each graph has room for in the Graphormer; if given, there are no sweeps.
 
     Returns:
       GraphsTuple with
@@ -86,7 +88,8 @@ def pad_graphs(
         senders, receivers: (n_edge,) int32;
         n_node, n_edge: (len(graphs) + 1,) int32;
         globals: {'forward', 'backward': (n_step, width) int32}, the nodes that each step of
-          the GatedGNN's two sweeps updates; n_node stands for none.
+          the GatedGNN's two sweeps updates; n_node stands for none. Or, with `largest`,
+          {'graphs': (len(graphs), largest) int32}, the nodes of each graph.
 
     Raises:
       ValueError: there is no graph, or the graphs do not fit.
@@ -118,7 +121,33 @@ def pad_graphs(
     count = len(joined)
     senders[:count], receivers[:count], distance[:count] = joined[:, 0], joined[:, 1], lengths
 
-    real = joined[lengths == 1]
+    if largest is None:
+        globals_ = _sweeps(joined[lengths == 1], total, n_node, n_step, width)
+    else:
+        globals_ = {"graphs": _apart(nodes, offsets, n_node, largest)}
+    return jraph.GraphsTuple(
+        nodes={"primitive": primitive, "shape": shape},
+        edges={"distance": distance},
+        senders=senders,
+        receivers=receivers,
+        n_node=np.r_[nodes, n_node - total].astype(np.int32),
+        n_edge=np.r_[edges, n_edge - count].astype(np.int32),
+        globals=globals_,
+    )
+
+
+def _apart(nodes: np.ndarray, offsets: np.ndarray, n_node: int, largest: int) -> np.ndarray:
+    """(graphs, largest) nodes of each graph, n_node where it has less."""
+    if nodes.max() > largest:
+        raise ValueError(f"a graph has {nodes.max()} nodes, more than largest={largest}; raise it")
+    places = np.arange(largest)
+    return np.where(places < nodes[:, None], places + offsets[:, None], n_node).astype(np.int32)
+
+
+def _sweeps(
+    real: np.ndarray, total: int, n_node: int, n_step: int | None, width: int
+) -> dict[str, np.ndarray]:
+    """The steps of the GatedGNN's two sweeps over (M, 2) real edges of so many nodes."""
     sweeps = {}
     mirror = total - 1  # numbering nodes from the end makes the backward order topological
     for name, from_, to in (
@@ -137,12 +166,4 @@ def pad_graphs(
     for name, rows in sweeps.items():
         padding = np.full((n_step - len(rows), width), n_node, np.int32)
         sweeps[name] = np.concatenate([rows, padding])
-    return jraph.GraphsTuple(
-        nodes={"primitive": primitive, "shape": shape},
-        edges={"distance": distance},
-        senders=senders,
-        receivers=receivers,
-        n_node=np.r_[nodes, n_node - total].astype(np.int32),
-        n_edge=np.r_[edges, n_edge - count].astype(np.int32),
-        globals=sweeps,
-    )
+    return sweeps

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -20,11 +21,17 @@ Tensor = np.ndarray | jax.Array
 
 @dataclasses.dataclass(frozen=True, order=True)
 class TileKind:
-    """What is decoded for a node: a method of `decoder.Decoder` and a kernel's size."""
+    """What is decoded for a node: a method of `decoder.Decoder` and a kernel's size.
+
+    Some decoders make as many output and input channels as are asked for; 0 are those of the
+    largest tile.
+    """
 
     decoder: str
     height: int = 1
     width: int = 1
+    out: int = 0
+    in_: int = 0
 
 
 def parameter_kind(primitive: str, shape: tuple[int, ...]) -> TileKind:
@@ -33,6 +40,8 @@ def parameter_kind(primitive: str, shape: tuple[int, ...]) -> TileKind:
         return TileKind("vector")
     if len(shape) == 2:
         return TileKind("kernel")
+    if len(shape) == 3:
+        return TileKind("scale")
     if primitive == "pos_enc":
         return TileKind("position", *shape[2:])
     return TileKind("depthwise" if shape[1] == 1 else "kernel", *shape[2:])
@@ -51,12 +60,10 @@ def tile_kind(graph: Graph, node: int) -> TileKind | None:
     return parameter_kind(primitive, shape)
 
 
-def undecodable(shape: tuple[int, ...] | None, max_shape: tuple[int, int, int, int]) -> str | None:
+def undecodable(shape: tuple[int, ...], max_shape: tuple[int, int, int, int]) -> str | None:
     """Why no decoder makes a parameter of some shape, None where one does."""
-    if shape is None:
-        return None
-    if len(shape) not in (1, 2, 4):
-        return "supported are vectors, matrices and 4-dimensional kernels"
+    if len(shape) not in (1, 2, 4) and shape[1:] != (1, 1):
+        return "supported are vectors, matrices, 4-dimensional kernels and layer scales (C, 1, 1)"
     if len(shape) == 4 and (shape[2] > max_shape[2] or shape[3] > max_shape[3]):
         return (
             f"kernels of this hypernetwork go up to {max_shape[2]}x{max_shape[3]}; use one with a "
@@ -65,10 +72,10 @@ def undecodable(shape: tuple[int, ...] | None, max_shape: tuple[int, int, int, i
     return None
 
 
-def check_decodable(graph: Graph, max_shape: tuple[int, int, int, int]) -> None:
-    """Raises ValueError if a parameter's shape is beyond what the decoders can make."""
+def check_decodable(graph: Graph, why_not: Callable[[tuple[int, ...]], str | None]) -> None:
+    """Raises ValueError if there is a reason why a parameter's shape cannot be made."""
     for name, shape in zip(graph.names, graph.param_shapes, strict=True):
-        reason = undecodable(shape, max_shape)
+        reason = None if shape is None else why_not(shape)
         if reason:
             raise ValueError(f"no decoder makes the shape {shape} of {name!r}: {reason}")
 
@@ -186,7 +193,8 @@ def tile_tensors(
 
     Returns:
       {'kernel': (in, out) or (height, width, in, out)}, {'embedding': (height, width, channels)},
-      {'scale', 'bias': (channels,)} of norm layers, or {'bias': (channels,)}.
+      {'scale', 'bias': (channels,)} of norm layers, {'bias': (channels,)}, or {'scale':
+      (channels,)} of layer scales.
     """
     if kind.decoder == "classifier_bias":
         return {"bias": tile_axis(tile, 0, shape[0], xp)}
@@ -197,6 +205,8 @@ def tile_tensors(
                 for i, leaf in enumerate(("scale", "bias"))
             }
         return {"bias": tile_axis(tile[1], 0, shape[0], xp)}
+    if kind.decoder == "scale":
+        return {"scale": tile_axis(tile, 0, shape[0], xp)}
     leaf = "embedding" if kind.decoder == "position" else "kernel"
     return {leaf: weight_from_tile(tile, shape, kind, normalise, xp, repeat, fan)}
 

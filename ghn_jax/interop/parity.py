@@ -1,10 +1,11 @@
 """What outputs of the authors' implementation are compared with ours, and how.
 
 A folder holds `index.json` with the `.npz` files that it lists (graphs, embeddings, parameters,
-logits of networks), `random_{ghn}_cifar10.pt` checkpoints, `images.npy`, `gradient_{ghn}.npz` with
-`_nets.json`, and `deepnets1m/*.hdf5` with their meta files; whatever of it is there is checked. A
-report for each file has the worst relative error of each kind, ||ours - theirs|| / ||theirs|| of a
-tensor.
+logits of networks), `random_{ghn}_cifar10.pt` or `random_{ghn}.safetensors` checkpoints,
+`images.npy` (which may be in a folder beside it), `gradient_{ghn}.npz` with `_nets.json`, and
+`deepnets1m/*.hdf5` with their meta files; and what `parity_ghn3.py` says. Whatever of it is there
+is checked. A report for each file has the worst relative error of each kind,
+||ours - theirs|| / ||theirs|| of a tensor.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.engine.compilation import single_run_options
 from ghn_jax.evaluation.batch_statistics import apply_on_batch
 from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.interop import parity_ghn3
+from ghn_jax.interop.comparison import compare_graphs, match_nodes, relative_error
 from ghn_jax.interop.torch_ghn import load_torch_ghn, to_torch_tensors
 from ghn_jax.interop.torch_network import to_torch
 from ghn_jax.tracing.model_graph import model_graph
@@ -42,8 +45,10 @@ from ghn_jax.zoo import MODELS
 TOLERANCES = {
     "graph": 0.0,  # nodes or edges that differ
     "embedding": 1e-4,
+    "states": 1e-4,  # on the way to it
     "parameters": 1e-4,
     "logits": 1e-3,
+    "loss": 1e-4,
     "gradient": 1e-3,
     "count": 0.0,  # of parameters
 }
@@ -75,52 +80,6 @@ class Report:
         return f"{verdict} {self.file:<34} {self.problem or ', '.join(parts)}"
 
 
-def relative_error(ours, theirs) -> float:
-    """||ours - theirs|| / ||theirs||; infinite where shapes differ or a number is not finite."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    if ours.shape != theirs.shape or not np.isfinite(ours).all():
-        return float("inf")
-    norm = np.linalg.norm(theirs)
-    return float(np.linalg.norm(ours - theirs) / (norm or 1.0))
-
-
-# --- Graphs ---------------------------------------------------------------------------------------
-
-
-def _colours(labels: list, edges: np.ndarray, rounds: int = 4) -> list[int]:
-    """Weisfeiler-Lehman colours: what a node is, and what is at which distance from it."""
-    colours = [hash(label) for label in labels]
-    for _ in range(rounds):
-        around: list[list] = [[] for _ in colours]
-        for source, target, distance in edges.tolist():
-            around[target].append((0, distance, colours[source]))
-            around[source].append((1, distance, colours[target]))
-        colours = [hash((c, tuple(sorted(a)))) for c, a in zip(colours, around, strict=True)]
-    return colours
-
-
-def _compare_graphs(ours: tuple[list, np.ndarray], theirs: tuple[list, np.ndarray]):
-    """(number of nodes that match none of the other's, our nodes in their order).
-
-    Args:
-      ours, theirs: a label for each node, and (M, 3) edges with distances.
-    """
-    a, b = _colours(*ours), _colours(*theirs)
-    places: dict[int, list[int]] = {}
-    for node, colour in enumerate(a):
-        places.setdefault(colour, []).append(node)
-    order = [places[c].pop(0) if places.get(c) else -1 for c in b]
-    return abs(len(a) - len(b)) + order.count(-1), order
-
-
-def _labels(primitives, shapes) -> list[tuple]:
-    pools = ("max_pool", "avg_pool")  # their kernel is no parameter
-    return [
-        (name, None if name in pools or shape is None else tuple(shape))
-        for name, shape in zip(primitives, shapes, strict=True)
-    ]
-
-
 # --- Networks -------------------------------------------------------------------------------------
 
 
@@ -138,21 +97,22 @@ class _Candidate(NamedTuple):
     logits: Callable[[jax.Array], jax.Array]
 
 
-def _built(ghn: GHN, variables, arch: Architecture) -> _Candidate:
+def _built(ghn: GHN, variables, arch: Architecture, size: int) -> _Candidate:
     """A network of the design space, whose graph is built without tracing it."""
-    graph, network = ghn.graph(arch), build_network(arch, ghn.num_classes)
+    graph = ghn.graph(arch, image_size=size)
+    network = build_network(arch, ghn.num_classes, size)
     params = ghn.predict(variables, graph)
     return _Candidate(
         graph, to_torch(params, graph), lambda x: network.apply({"params": params}, x)
     )
 
 
-def _traced(ghn: GHN, variables, name: str) -> _Candidate:
+def _traced(ghn: GHN, variables, name: str, size: int) -> _Candidate:
     """A model of the zoo, traced as any Flax model is."""
     if name not in MODELS:
         raise ValueError(f"no network {name!r} here; known are {', '.join(MODELS)}")
-    model = MODELS[name](ghn.num_classes, 32)
-    sample = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    model = MODELS[name](ghn.num_classes, size)
+    sample = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     predicted, _ = predict_model(ghn, variables, model, sample, strict=True)
     params = {"params": predicted["params"]}
     return _Candidate(
@@ -188,20 +148,13 @@ def _parameter_error(params: Mapping[str, np.ndarray], shapes: Mapping, file: Ma
 
 def check_network(entry: Mapping, file: Mapping, ghn: GHN, variables, images) -> dict[str, float]:
     """Errors of one network: graph, embedding, parameters and logits."""
-    net = entry["net"]
+    net, size = entry["net"], 224 if entry.get("imagenet") else 32
     if "torchvision" in net:
-        candidate = _traced(ghn, variables, net["torchvision"])
+        candidate = _traced(ghn, variables, net["torchvision"], size)
     else:
-        candidate = _built(ghn, variables, Architecture.from_dict(net))
+        candidate = _built(ghn, variables, Architecture.from_dict(net), size)
     graph = candidate.graph
-    names = entry.get("primitives", PRIMITIVES)
-    theirs = [names[p] for p in file["node_primitive"]]
-    ours = [PRIMITIVES[p] for p in graph.primitives]
-    wrong, order = _compare_graphs(
-        (_labels(ours, graph.param_shapes), graph.edges),
-        (_labels(theirs, entry["node_param_shapes"]), file["edges"]),
-    )
-    wrong += abs(len(graph.edges) - len(file["edges"]))
+    wrong, order = match_nodes(entry, file, graph)
     errors = {"graph": float(wrong)}
     if "embedding" in file:
         states = np.asarray(ghn.embed(variables, graph))[order]
@@ -317,7 +270,7 @@ def check_nets(path: Path, split: str) -> dict[str, float]:
         theirs = list(zip(stored.names, stored.primitives, stored.cells.tolist(), strict=True))
         primitives = [PRIMITIVES[p] for p in built.primitives]
         ours = list(zip(built.names, primitives, built.cells.tolist(), strict=True))
-        wrong += _compare_graphs((ours, built.edges), (theirs, edges))[0]
+        wrong += compare_graphs((ours, built.edges), (theirs, edges))[0]
         wrong += abs(len(edges) - len(built.edges))
         arch = Architecture.from_dict(entry).replace(C=32, fc_dim=256)
         for size, key in ((32, "cifar10"), (224, "imagenet")):
@@ -351,14 +304,17 @@ def check_folder(folder: Path) -> Iterator[Report]:
             f"{folder} holds nothing to check; expected index.json or deepnets1m/*.hdf5"
         )
     entries = json.loads(index.read_text()) if index.is_file() else []
+    found = [p for p in (folder, *sorted(folder.parent.glob("*"))) if (p / "images.npy").is_file()]
     images = None
-    if (folder / "images.npy").is_file():
-        images = jnp.asarray(np.load(folder / "images.npy").transpose(0, 2, 3, 1))
+    if found:
+        images = jnp.asarray(np.load(found[0] / "images.npy").transpose(0, 2, 3, 1))
     loaded: dict[str, tuple] = {}
 
     def ghn(name: str):
         if name not in loaded:
-            loaded[name] = load_torch_ghn(folder / f"random_{name}_cifar10.pt")
+            names = f"random_{name}_cifar10.pt", f"random_{name}.safetensors"
+            there = [folder / n for n in names if (folder / n).is_file()]
+            loaded[name] = load_torch_ghn(there[0] if there else folder / names[0])
         return loaded[name]
 
     for entry in entries:
@@ -368,8 +324,13 @@ def check_folder(folder: Path) -> Iterator[Report]:
                 return check_network(entry, dict(file), *ghn(entry["ghn"]), images)
 
         yield _guarded(entry["file"], network)
+    for name, check in parity_ghn3.checks(folder, entries, ghn, images):
+        yield _guarded(name, check)
     for path in sorted(folder.glob("gradient_*.npz")):
-        nets = json.loads(path.with_name(path.stem + "_nets.json").read_text())
+        beside = path.with_name(path.stem + "_nets.json")
+        if not beside.is_file():
+            continue  # one of `parity_ghn3`
+        nets = json.loads(beside.read_text())
         for way, make_step in (("engine", _engine_step), ("definition", _definition_step)):
 
             def gradient(path=path, nets=nets, make_step=make_step):

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-_DTYPES = {
+DTYPES = {
     "FloatStorage": np.dtype(np.float32),
     "DoubleStorage": np.dtype(np.float64),
     "HalfStorage": np.dtype(np.float16),
@@ -31,7 +31,7 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_STORAGES = {dtype: name for name, dtype in _DTYPES.items()}
+_STORAGES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def _tensor(storage: np.ndarray, offset: int, size, stride, *_) -> np.ndarray:
@@ -52,13 +52,43 @@ def _parameter(data: np.ndarray, *_) -> np.ndarray:
     return data
 
 
+class Options:
+    """Stands for the command line's options that training checkpoints keep (`argparse`)."""
+
+
 # All that a pickle may call.
 _ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch", "Size"): tuple,
+    ("torch", "device"): lambda *of: ":".join(map(str, of)),
+    ("argparse", "Namespace"): Options,
 }
+
+
+def find_allowed(module: str, name: str) -> Any:
+    """What stands for a class or function that a pickle asks for.
+
+    Raises:
+      ValueError: it has no business there.
+    """
+    if module == "torch" and name in DTYPES:
+        return name
+    try:
+        return _ALLOWED[module, name]
+    except KeyError:
+        raise ValueError(
+            f"it holds a {module}.{name}; allowed: tensors, dictionaries, lists, numbers and "
+            "strings"
+        ) from None
+
+
+# What reading damaged pickles raises.
+DAMAGED = (
+    pickle.UnpicklingError, ValueError, KeyError, TypeError, IndexError, EOFError,
+    AttributeError, struct.error,
+)  # fmt: skip
 
 
 class _Reader(pickle.Unpickler):
@@ -68,28 +98,20 @@ class _Reader(pickle.Unpickler):
         self._storages: dict[str, np.ndarray] = {}
 
     def find_class(self, module: str, name: str):
-        if module == "torch" and name in _DTYPES:
-            return name
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise ValueError(
-                f"it holds a {module}.{name}; allowed: tensors, dictionaries, lists, numbers and "
-                "strings"
-            ) from None
+        return find_allowed(module, name)
 
     def persistent_load(self, pid):
         kind, storage, key, _, count = pid
-        if kind != "storage" or storage not in _DTYPES:
+        if kind != "storage" or storage not in DTYPES:
             raise ValueError(f"it holds a {kind} of {storage}")
         if key not in self._storages:
             entry = self._archive.getinfo(f"{self._folder}data/{key}")
             if entry.compress_type != zipfile.ZIP_STORED:  # what unpacks may be of any size
                 raise ValueError(f"data/{key} is compressed, as PyTorch never writes it")
             data = self._archive.read(entry)
-            if len(data) < count * _DTYPES[storage].itemsize:
+            if len(data) < count * DTYPES[storage].itemsize:
                 raise ValueError(f"data/{key} holds {len(data)} bytes, too few for {count} numbers")
-            self._storages[key] = np.frombuffer(data, _DTYPES[storage].newbyteorder("<"), count)
+            self._storages[key] = np.frombuffer(data, DTYPES[storage].newbyteorder("<"), count)
         return self._storages[key]
 
 
@@ -118,10 +140,7 @@ def read_torch(path: str | Path) -> Any:
             f"{path} is cut short, or no file of torch.save (files of PyTorch before 1.6 have to "
             "be saved again by a newer one)"
         ) from None
-    except (
-        pickle.UnpicklingError, ValueError, KeyError, TypeError, IndexError, EOFError,
-        AttributeError, struct.error,
-    ) as error:  # fmt: skip
+    except DAMAGED as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 

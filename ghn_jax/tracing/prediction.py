@@ -22,7 +22,7 @@ from flax import nnx
 
 from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.hypernet.ghn import GHN
-from ghn_jax.hypernet.tiling import tile_kind, undecodable
+from ghn_jax.hypernet.tiling import tile_kind
 from ghn_jax.tracing.jaxpr_graph import Placement
 from ghn_jax.tracing.model_graph import place_tensor, trace_once
 from ghn_jax.tracing.report import (
@@ -106,7 +106,7 @@ def predict_model(
         if why and any(place.node in graph.classifier for place in places):
             reason = why
         else:
-            reason = undecodable(graph.param_shapes[places[0].node], ghn.max_shape)
+            reason = ghn.undecodable(shape_of(graph, places[0].node))
         constant = None if predict_constants else traced.constant(leaf)
         if not reason and constant not in (None, _USUAL.get(places[0].tensor)):
             reason = f"{CONSTANT} {constant:g}; predict_constants=True predicts it"

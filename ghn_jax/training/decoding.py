@@ -22,15 +22,15 @@ from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.deepnets1m.units import Arrays, Classifier, Unit
 from ghn_jax.engine.engine import Engine, is_spec
 from ghn_jax.engine.programs import Program
-from ghn_jax.hypernet.ghn import GHN, make_decoder
+from ghn_jax.hypernet.ghn import GHN, free_decoder
 from ghn_jax.hypernet.tiling import (
     CLASSIFIER,
     TileKind,
     parameter_kind,
     squash,
-    tile_kind,
     tile_tensors,
 )
+from ghn_jax.training.norm_penalty import node_norms, sum_of_norms
 
 # Kernel positions that are decoded at once: enough for the matrix products to be efficient.
 _POSITIONS = 64
@@ -43,26 +43,31 @@ class Chunk(NamedTuple):
       kind: of their tiles.
       nodes: (n,) int32 nodes of the padded graph, -1 for none.
       owners: of each node, the network (its place in the batch) and its official name.
+      norms: (n, 4), see `norm_penalty.node_norms`.
     """
 
     kind: TileKind
     nodes: np.ndarray
     owners: tuple[tuple[int, str], ...]
+    norms: np.ndarray
 
 
-def make_chunks(graphs: Sequence[Graph]) -> tuple[Chunk, ...]:
+def make_chunks(ghn: GHN, graphs: Sequence[Graph]) -> tuple[Chunk, ...]:
     """Divides the nodes that have parameters into chunks of few different sizes.
 
     Args:
+      ghn: the hypernetwork.
       graphs: in the order in which `padding.pad_graphs` joins them.
     """
-    found: dict[TileKind, list[tuple[int, tuple[int, str]]]] = {}
+    found: dict[TileKind, list[tuple[int, tuple[int, str], np.ndarray]]] = {}
     first = 0
     for member, graph in enumerate(graphs):
         for node in range(len(graph)):
-            kind = tile_kind(graph, node)
+            kind = ghn.tile_kind(graph, node)
             if kind is not None:
-                found.setdefault(kind, []).append((first + node, (member, graph.names[node])))
+                norms = node_norms(graph, node, kind, ghn.normalise, ghn.fan)
+                owner = member, graph.names[node]
+                found.setdefault(kind, []).append((first + node, owner, norms))
         first += len(graph)
     chunks = []
     for kind, nodes in sorted(found.items()):
@@ -72,8 +77,11 @@ def make_chunks(graphs: Sequence[Graph]) -> tuple[Chunk, ...]:
             size = most if len(nodes) > most // 2 else least
             taken, nodes = nodes[:size], nodes[size:]
             numbers = np.full(size, -1, np.int32)
-            numbers[: len(taken)] = [node for node, _ in taken]
-            chunks.append(Chunk(kind, numbers, tuple(owner for _, owner in taken)))
+            of_nodes, owners, of_norms = zip(*taken, strict=True)
+            numbers[: len(taken)] = of_nodes
+            norms = np.zeros((size, 4), np.float32)
+            norms[: len(taken)] = of_norms
+            chunks.append(Chunk(kind, numbers, owners, norms))
     return tuple(chunks)
 
 
@@ -84,6 +92,15 @@ def _tile_shape(ghn: GHN, kind: TileKind) -> tuple[int, ...]:
 
     states = jax.ShapeDtypeStruct((1, ghn.features), jnp.float32)
     return jax.eval_shape(decode, jax.random.key(0), states).shape[1:]
+
+
+@functools.lru_cache(maxsize=4096)
+def _unit_kinds(ghn: GHN, unit: Unit) -> tuple[TileKind, ...]:
+    kinds = tuple(parameter_kind(*p) for p in unit.parameters)
+    if isinstance(unit, Classifier):
+        kinds = *kinds[:-2], *CLASSIFIER
+    sized = free_decoder(ghn).sized
+    return tuple(sized(kind, p[1]) for kind, p in zip(kinds, unit.parameters, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +115,11 @@ class Tiles:
 
     def __post_init__(self):
         ghn = self.ghn
-        used = ghn.max_shape[:2], ghn.num_classes, ghn.normalise, ghn.fan
+        used = ghn.max_shape[:2], ghn.num_classes, ghn.normalise, ghn.fan, ghn.decoder
         object.__setattr__(self, "used", used)
 
-    @staticmethod
-    @functools.lru_cache(maxsize=4096)
-    def _kinds(unit: Unit) -> tuple[TileKind, ...]:
-        kinds = tuple(parameter_kind(*p) for p in unit.parameters)
-        return (*kinds[:-2], *CLASSIFIER) if isinstance(unit, Classifier) else kinds
+    def _kinds(self, unit: Unit) -> tuple[TileKind, ...]:
+        return _unit_kinds(self.ghn, unit)
 
     def shapes(self, unit: Unit) -> list[tuple[tuple[int, ...], ...]]:
         """See `engine.Tensors`."""
@@ -133,11 +147,12 @@ class TilePrograms:
       ghn: the hypernetwork.
       engine: whose devices they run on.
       params: of the hypernetwork, or their shapes.
+      norm_penalty: weight of the sum of predicted tensors' norms in the loss.
     """
 
-    def __init__(self, ghn: GHN, engine: Engine, params: Any):
-        self.ghn, self.engine = ghn, engine
-        self._decoder = make_decoder(ghn)
+    def __init__(self, ghn: GHN, engine: Engine, params: Any, norm_penalty: float = 0.0):
+        self.ghn, self.engine, self.norm_penalty = ghn, engine, norm_penalty
+        self._decoder = free_decoder(ghn)
         self._params = _specs(engine, params)
         self._known_residuals: dict[Any, Any] = {}
 
@@ -208,24 +223,33 @@ class TilePrograms:
         )
 
     def decode_backward(self, chunk: Chunk, n_node: int) -> Program:
-        """(params, states, nodes, cotangents of tiles, sums so far) -> sums.
+        """(params, states, nodes, cotangents of tiles, sums so far, penalty) -> sums.
 
         The sums are over chunks, (decoder's gradient, cotangent of states). Where a chunk has no
-        node, the cotangent may be anything.
+        node, the cotangent may be anything. The penalty is `Chunk.norms` and their share of the
+        loss; without a penalty it is left out.
         """
         kind = chunk.kind
 
-        def decode_backward(params, states, nodes, dtiles, sums):
+        def decode_backward(params, states, nodes, dtiles, sums, *penalty):
             part = self._decoder.part(params, kind)
-            _, vjp = jax.vjp(lambda p, s: self._decode(params, p, s, nodes, kind), part, states)
+            tiles, vjp = jax.vjp(lambda p, s: self._decode(params, p, s, nodes, kind), part, states)
             g = jnp.stack(dtiles)
             unused = (nodes < 0).reshape(-1, *[1] * (g.ndim - 1))
-            dpart, dstates = vjp(jnp.where(unused, 0, g))
+            g = jnp.where(unused, 0, g)
+            if penalty:
+                norms, weight = penalty
+                g = g + weight * jax.grad(sum_of_norms)(tiles, norms, kind)
+            dpart, dstates = vjp(g)
             return self._decoder.add_part(sums[0], dpart, kind), sums[1] + dstates
 
         params, states, nodes = self._chunk_specs(chunk, n_node)
         tile = (_tile_shape(self.ghn, kind), jnp.dtype(jnp.float32), self.engine.whole)
         specs = params, states, nodes, (tile,) * len(chunk.nodes), (params, states)
+        if self.norm_penalty:
+            single = jnp.dtype(jnp.float32)
+            norms = chunk.norms.shape, single, self.engine.whole
+            specs = *specs, norms, ((), single, self.engine.whole)
         return self.engine.program(
             ("decode backward", self.ghn, kind), decode_backward, specs, donate=(4,)
         )

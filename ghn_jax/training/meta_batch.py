@@ -24,6 +24,7 @@ MAX_BATCH_NODES = 2200
 
 _LARGE = 100  # meta-batches in a row that are passed over before it is an error
 _STEPS = 64  # the number of a sweep's steps is rounded up to a multiple of this
+_ROOM = 128  # and the largest graph's nodes, where graphs are encoded side by side
 
 
 class MetaBatch(NamedTuple):
@@ -74,13 +75,17 @@ def divide(costs: Sequence[float], shares: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
-def _join(graphs: Sequence[Graph], graph_nodes: int) -> jraph.GraphsTuple:
+def _join(ghn: GHN, graphs: Sequence[Graph], graph_nodes: int) -> jraph.GraphsTuple:
     """Graphs as one, of sizes that nearly every meta-batch of as many has."""
     nodes, edges = sum(map(len, graphs)), sum(len(g.edges) for g in graphs)
     n_node = graph_nodes * next_power_of_two(len(graphs))
     if nodes >= n_node:
         n_node = next_power_of_two(nodes + 1)
-    graph = pad_graphs(graphs, n_node, next_power_of_two(max(edges, 64 * n_node)))
+    n_edge = next_power_of_two(max(edges, 64 * n_node))
+    if ghn.encoder == "graphormer":
+        largest = -(-max(map(len, graphs)) // _ROOM) * _ROOM
+        return pad_graphs(graphs, n_node, n_edge, largest=largest)
+    graph = pad_graphs(graphs, n_node, n_edge)
     # Sweeps' steps to a multiple of 64: a power of two would leave half of them empty.
     steps = max(int((rows < n_node).any(1).sum()) for rows in graph.globals.values())
     length = -(-steps // _STEPS) * _STEPS
@@ -134,7 +139,8 @@ def make_meta_batch(
     local = [graphs[i] for i in members]
     return MetaBatch(
         tuple(members), tuple(plans[i] for i in members), tuple(costs[i] for i in members),
-        _join(local, graph_nodes), make_chunks(local), nodes, tuple(architectures), position,
+        _join(ghn, local, graph_nodes), make_chunks(ghn, local), nodes, tuple(architectures),
+        position,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ def meta_loss(
     labels: jax.Array,
     *,
     smoothing: float = 0.0,
+    norm_penalty: float = 0.0,
     dropout: Sequence[jax.Array] | None = None,
 ) -> jax.Array:
     """The mean loss of networks whose parameters the hypernetwork predicts, differentiable.
@@ -42,6 +43,8 @@ def meta_loss(
       images: (B, H, W, 3), the batch that all of them see.
       labels: (B,) classes.
       smoothing: of labels.
+      norm_penalty: weight of the sum of the Frobenius norms of a network's predicted tensors, which
+        GHN-3 adds to its loss.
       dropout: a key for each network's classifier; no dropout without.
     """
     losses = []
@@ -50,5 +53,7 @@ def meta_loss(
         network = build_network(arch, ghn.num_classes, images.shape[1])
         rngs = {"dropout": dropout[i]} if dropout else {}
         logits = network.apply({"params": weights}, images, train=bool(rngs), rngs=rngs)
-        losses.append(cross_entropy(cast(jax.Array, logits), labels, smoothing))
+        norms = [jnp.linalg.norm(w.ravel()) for w in jax.tree.leaves(weights)]
+        loss = cross_entropy(cast(jax.Array, logits), labels, smoothing)
+        losses.append(loss + norm_penalty * sum(norms) if norm_penalty else loss)
     return jnp.stack(losses).mean()

@@ -81,6 +81,8 @@ class MetaStep:
       mesh: all devices, from `mesh.make_mesh`; JAX's first device if not given. Every process calls
         the step with the same arguments, but for its own architectures.
       smoothing: label smoothing.
+      norm_penalty: weight of the sum of the norms of each network's predicted tensors; it is in the
+        gradient, not in the metrics' loss. 0 but for GHN-3 and LoGAH.
       seed: of the dropout in networks with two fully connected layers.
       workers: networks that run at once; more than one where a CPU is one device.
       dtype: that networks compute in; see `engine.Engine`.
@@ -94,6 +96,7 @@ class MetaStep:
         *,
         mesh: Mesh | None = None,
         smoothing: float = 0.0,
+        norm_penalty: float = 0.0,
         seed: int = 0,
         workers: int = 1,
         dtype=jnp.float32,
@@ -111,7 +114,7 @@ class MetaStep:
         self._init = jax.jit(self._make_state, out_shardings=self.replicated)
         self._apply = jax.jit(self._apply_gradient, donate_argnums=0, out_shardings=self.replicated)
         shapes = jax.eval_shape(self._make_state, 0).params
-        self._tiles = TilePrograms(ghn, self.engine, shapes)
+        self._tiles = TilePrograms(ghn, self.engine, shapes, norm_penalty)
         self._zeros = jax.jit(
             lambda n: (
                 jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["decoder"]),
@@ -219,12 +222,14 @@ class MetaStep:
         """The sums of a worker's share of the chunks."""
         batch = update.batch
         sums = self._zeros(len(batch.graph.nodes["primitive"]))
+        share = np.float32(self._tiles.norm_penalty / len(batch.architectures))
         for i in range(worker, len(batch.chunks), self.workers):
             chunk = batch.chunks[i]
             given = [dtiles[member].pop(name)[0] for member, name in chunk.owners]
             given += given[:1] * (len(chunk.nodes) - len(given))
+            penalty = (chunk.norms, share) if self._tiles.norm_penalty else ()
             sums = update.decode_backward[i](
-                params["decoder"], states, chunk.nodes, tuple(given), sums
+                params["decoder"], states, chunk.nodes, tuple(given), sums, *penalty
             )
         return sums
 

@@ -1,0 +1,38 @@
+"""Where a large hypernetwork's parameters are: each large array in parts, one on each device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def param_shardings(params: Any, mesh: Mesh, axis: str, *, least: int = 2**16) -> Any:
+    """A `NamedSharding` for each parameter, for `jax.device_put` or `jax.jit`.
+
+    The longest axis that can be divided is; the last of several. An optimizer's moments take those
+    of their parameters.
+
+    Args:
+      params: a tree of arrays, or of their shapes.
+      mesh: of the devices.
+      axis: of the mesh, that arrays are divided along.
+      least: smaller arrays are copied to every device.
+
+    Raises:
+      ValueError: the mesh has no such axis.
+    """
+    if axis not in mesh.shape:
+        raise ValueError(f"the mesh has no axis {axis!r}; allowed: {', '.join(mesh.axis_names)}")
+    parts = mesh.shape[axis]
+
+    def of(x) -> NamedSharding:
+        divisible = [i for i, n in enumerate(x.shape) if n % parts == 0]
+        if x.size < least or not divisible:
+            return NamedSharding(mesh, P())
+        longest = max(divisible, key=lambda i: (x.shape[i], i))
+        return NamedSharding(mesh, P(*[axis if i == longest else None for i in range(x.ndim)]))
+
+    return jax.tree.map(of, params)

@@ -1,0 +1,88 @@
+"""Hypernetworks from whatever holds one: `GHN.from_pretrained(path)`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.interop.joblib_file import is_joblib
+from ghn_jax.interop.torch_ghn import is_safetensors, load_torch_ghn
+
+_SUFFIXES = (".pt", ".pth", ".safetensors")
+# First bytes of files that hold no hypernetwork, and what they are.
+_OTHERS = {
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file that it stands for",
+    b"<": "a web page: its download went wrong",
+    b"\x89HDF": "HDF5, as DeepNets-1M's files are",
+    b"\x93NUMPY": "an array of NumPy",
+    b"{": "JSON: if it is the config.json of a hypernetwork, give its folder",
+    b"[": "JSON",
+    b"\x8a\x0a": "a file of PyTorch before 1.6: save it again by a newer one",
+    b"\x80\x02\x8a\x0a": "a file of PyTorch before 1.6: save it again by a newer one",
+    b"\x04\x22\x4d\x18": "compressed by LZ4: write it again without",
+}
+
+
+def looks_like(path: Path) -> str:
+    """What a file is by its first bytes, in words."""
+    with path.open("rb") as file:
+        first = file.read(64)
+    if not first:
+        return "an empty file"
+    for magic, what in _OTHERS.items():
+        if first.startswith(magic):
+            return what
+    if first.startswith(b"PK"):
+        return "a ZIP archive, as PyTorch writes"
+    return "nothing that is known here"
+
+
+def _holds(path: Path) -> bool:
+    """Whether a file begins like one that may hold a hypernetwork of the authors' code."""
+    with path.open("rb") as file:
+        first = file.read(64)
+    return first.startswith(b"PK") or is_joblib(path) or is_safetensors(path)
+
+
+def _from_folder(path: Path) -> tuple[GHN, dict]:
+    config = path / "config.json"
+    if config.is_file():
+        return load_ghn(path)
+    files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+    if len(files) == 1:
+        return from_pretrained(files[0])
+    held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+    problem = "several checkpoints" if files else "no hypernetwork"
+    raise ValueError(
+        f"{path} holds {problem}, but {held}; allowed: a folder of save_ghn or of a training run, "
+        "or one with a single checkpoint of the authors' code"
+    )
+
+
+def from_pretrained(path: str | Path) -> tuple[GHN, dict]:
+    """Loads a hypernetwork, whatever wrote it.
+
+    Args:
+      path: a folder of `save_ghn` or of a training run; or a checkpoint of GHN-1, GHN-2, MLP, GHN-3
+        or LoGAH: `.pt` as released or as training writes it, or `.safetensors`. Content decides,
+        not the name.
+
+    Returns:
+      The module, configured as the file says or its tensors do, and its variables.
+
+    Raises:
+      FileNotFoundError: there is nothing there.
+      ValueError: it holds no hypernetwork; the message says what it looks like.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a folder or a checkpoint")
+    if not _holds(path):
+        raise ValueError(
+            f"{path} looks like {looks_like(path)}; allowed: a folder of save_ghn or of a training "
+            "run, or a checkpoint of the authors' code (.pt or .safetensors)"
+        )
+    return load_torch_ghn(path)
