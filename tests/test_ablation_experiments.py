@@ -82,7 +82,7 @@ def test_numbers_of_training_architectures(folder):
     config = json.loads(
         (folder / "counts" / "hypernetworks" / "3-bm1" / "config.json").read_text()
     )["training"]
-    assert (config["space"]["training_architectures"], config["space"]["meta_batch"]) == (3, 1)
+    assert (config["training_architectures"], config["meta_batch"]) == (3, 1)
     assert (folder / "counts" / "figure3.png").stat().st_size > 5000
     assert "| 3 | 1 | " in (folder / "counts" / "table.md").read_text()
     results = [{"count": 100, "meta_batch": 8, "train_top1": 0.5, "shown": ["1", "2"]}]
