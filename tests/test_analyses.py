@@ -352,7 +352,9 @@ def test_runs_are_made_and_gone_on_with(tmp_path, monkeypatch):
     def train(config, images):
         made.append(config)
         if len(made) == 2:  # after a checkpoint
-            Checkpoints(config.run.out).save(1, 0, params={"x": np.zeros(1)})
+            checkpoints = Checkpoints(config.run.out)
+            checkpoints.write_config(GHN(), training=config.describe())
+            checkpoints.save(1, 0, params={"x": np.zeros(1)})
             raise KeyboardInterrupt
         losses = np.linspace(2, 1, config.data.steps).tolist()
         write_run(config.run.out, config.space.meta_batch, losses, grad_norm=1.0)

@@ -475,7 +475,9 @@ def test_shots_are_the_first_of_each_class_in_file_order(digits):
 
 
 def test_an_unknown_experiment_is_refused():
-    with pytest.raises(ValueError, match="no experiment 'table99'; allowed: predicted-networks"):
+    with pytest.raises(
+        ValueError, match="no experiment 'table99'; allowed: all, predicted-networks"
+    ):
         paper.main(["table99"])
 
 

@@ -285,7 +285,9 @@ def test_a_kernel_no_decoder_makes():
 
 
 def test_unknown_encoders_and_decoders():
-    with pytest.raises(ValueError, match="encoder is 'gcn'; allowed: 'gatedgnn', 'mlp'"):
+    with pytest.raises(
+        ValueError, match="encoder is 'gcn'; allowed: 'gatedgnn', 'graphormer', 'mlp'"
+    ):
         GHN(encoder="gcn", **SMALL).init_variables(0)
-    with pytest.raises(ValueError, match="decoder is 'rnn'; allowed: 'conv', 'mlp'"):
+    with pytest.raises(ValueError, match="decoder is 'rnn'; allowed: 'conv', 'lowrank', "):
         GHN(decoder="rnn", **SMALL).init_variables(0)

@@ -167,7 +167,8 @@ class Process:
     started: list["Process"] = []
     codes: list[list] = []
 
-    def __init__(self, command, env):
+    def __init__(self, command, env, start_new_session):
+        assert start_new_session  # signals of the terminal come from here
         self.command, self.env, self.ended = command, env, []
         self.results = list(Process.codes[len(Process.started)])
         Process.started.append(self)
@@ -323,7 +324,7 @@ def test_one_all_reduce_for_each_update():
     size = sum(x.size for x in jax.tree.leaves(state.params))
     rows = [
         jax.ShapeDtypeStruct((2, n), jnp.float32, sharding=NamedSharding(mesh, P("arch")))
-        for n in (2, size)
+        for n in (2, size, 2)
     ]
     text = step._apply.lower(state, *rows).compile().as_text()
     exchanges = [

@@ -17,7 +17,7 @@ def test_everything_the_authors_computed(shared):
     print("\n".join(map(str, reports)))
     assert all(r.passed for r in reports)
     kinds = {kind for r in reports for kind in r.errors}
-    assert kinds >= set(parity.TOLERANCES)
+    assert kinds >= set(parity.TOLERANCES) - {"states", "loss"}  # of later hypernetworks
     assert len(reports) >= 36
 
 

@@ -291,7 +291,7 @@ def cell_graph(
     x = flow.add("glob_avg", [bn(x, "last_bn", channels)])
     x = flow.add("conv", [x], shape=(num_classes, channels), name="classifier/kernel")
     x = flow.add("bias", [x], shape=(num_classes,), name="classifier/bias")
-    return flow.graph(x, virtual_edges)[0]
+    return flow.graph(x, virtual_edges, num_classes)[0]
 
 
 @functools.cache

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ghn_jax.evaluation.activations import LayerStatistics
 from ghn_jax.plot.figure import canvas, check_path, save, tidy
 
 _COLORS = ("#5f5f5f", "#123a80", "#b5432a", "#e39b2d", "#3d8b57", "#7b52a3")
@@ -17,7 +17,7 @@ _LINES = ("--", "-", ":", "-.")
 
 
 def activation_figure(
-    curves: Mapping[str, Sequence[LayerStatistics]], path: str | os.PathLike | None = None
+    curves: Mapping[str, Sequence[Any]], path: str | os.PathLike | None = None
 ) -> Figure:
     """Draws the variance of each layer's output, on a linear and on a logarithmic axis (Fig. 8).
 

@@ -31,7 +31,7 @@ from ghn_jax.training.decoding import TilePrograms, Tiles
 from ghn_jax.training.mesh import ARCH, make_mesh
 from ghn_jax.training.meta_batch import MetaBatch
 from ghn_jax.training.meta_loss import cross_entropy
-from ghn_jax.training.stopping import NOTHING
+from ghn_jax.training.stopping import NOTHING, SAVE, STOP
 
 
 class TrainState(NamedTuple):
@@ -292,7 +292,7 @@ class MetaStep:
     def _apply_gradient(
         self, state: TrainState, totals: jax.Array, gradient: jax.Array, requests: jax.Array
     ):
-        """Adds up (rows, 2) and (rows, P), and updates; (rows,) requests."""
+        """Adds up (rows, 2), (rows, P) and (rows, 2), in one exchange, and updates."""
         loss, top1 = totals.sum(0)
         grads = ravel_pytree(state.params)[1](gradient.sum(0))
         norm = optax.global_norm(grads)
@@ -307,7 +307,9 @@ class MetaStep:
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        metrics = Metrics(loss, top1, norm, finite, requests.max())
+        save, stop = requests.sum(0) > 0
+        request = jnp.where(stop, STOP, jnp.where(save, SAVE, NOTHING))
+        metrics = Metrics(loss, top1, norm, finite, request)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     def __call__(
@@ -335,5 +337,6 @@ class MetaStep:
         params, step = self._local((state.params, state.step))
         totals, gradient = self.gradient(params, update, images, labels, step)
         total = functools.reduce(jnp.add, totals)
-        request = jax.device_put(np.int32(request), self.engine.whole)
-        return self._apply(state, *map(self._global, (total, gradient, request)))
+        asks = np.array([request == SAVE, request == STOP], np.float32)
+        asks = jax.device_put(asks, self.engine.whole)
+        return self._apply(state, *map(self._global, (total, gradient, asks)))
