@@ -241,7 +241,7 @@ class _Reader:
             branch = branches[int(np.clip(which.value, 0, len(branches) - 1))]
             return self.run(branch.jaxpr, [Constant() for _ in branch.consts], operands[1:], where)
         if leaves and name == "scan":
-            return self.turns(eqn.params, operands, shapes, where)
+            return self.turns(eqn, operands, shapes, where)
         if leaves:
             names = ", ".join(sorted(self.names[leaf] for leaf in leaves)[:3])
             raise ValueError(
@@ -252,21 +252,21 @@ class _Reader:
         self.note(f"{name} in {{}} is not followed; edges pass through it", where)
         return [self.elementwise(name, operands, [], shape, where) for shape in shapes]
 
-    def turns(self, params, operands, shapes, where: str) -> list[Value]:
+    def turns(self, eqn, operands, shapes, where: str) -> list[Value]:
         """A scan as if it were unrolled: each layer of the stacks that it reads is by itself."""
-        length, jaxpr = params["length"], params["jaxpr"]
+        length, jaxpr = eqn.params["length"], eqn.params["jaxpr"]
         if length > MAX_GRAPH_NODES:
             raise ValueError(
                 f"the model has a `scan` {_at(where)} of {length} turns with parameters in it; "
                 f"allowed: up to {MAX_GRAPH_NODES}, as each is a layer of the graph"
             )
-        first = params["num_consts"]
-        after = first + params["num_carry"]
+        first, carried = _scan_sizes(eqn)
+        after = first + carried
         fixed, carry, stacks = operands[:first], operands[first:after], operands[after:]
         consts: list[Value] = [Constant() for _ in jaxpr.consts]
         rows: dict[int, list[Value]] = {}
         order = range(length)
-        for turn in reversed(order) if params["reverse"] else order:
+        for turn in reversed(order) if eqn.params["reverse"] else order:
             layers = [self.layer(x, turn) for x in stacks]
             found = self.run(jaxpr.jaxpr, consts, [*fixed, *carry, *layers], where)
             carry, rows[turn] = found[: len(carry)], found[len(carry) :]
@@ -989,6 +989,21 @@ _LAID_OUT = {
 _COMBINED = {"mul": np.multiply, "add": np.add, "sub": np.subtract, "div": np.divide}
 
 
+def _scan_sizes(eqn) -> tuple[int, int]:
+    """How many inputs of a scan are the same in all turns, and how many go from turn to turn.
+
+    By their shapes, as versions of JAX say it in different parameters: what is stacked has an axis
+    more outside.
+    """
+    inner = eqn.params["jaxpr"].jaxpr
+
+    def stacked(outside, inside) -> int:
+        return sum(a.aval.shape != b.aval.shape for a, b in zip(outside, inside, strict=True))
+
+    carried = len(eqn.outvars) - stacked(eqn.outvars, inner.outvars)
+    return len(eqn.invars) - carried - stacked(eqn.invars, inner.invars), carried
+
+
 def _constant(jaxpr, atom, known: Mapping) -> float | None:
     """The number that all elements of a value are, whatever the inputs; None where they vary."""
     if isinstance(atom, core.Literal):
@@ -1010,6 +1025,6 @@ def _constant(jaxpr, atom, known: Mapping) -> float | None:
     if name != "scan":
         pairs = zip(inner.jaxpr.invars, eqn.invars, strict=False)
         inputs = {v: _constant(jaxpr, outer, known) for v, outer in pairs}
-    elif eqn.outvars.index(atom) < eqn.params["num_carry"]:
+    elif eqn.outvars.index(atom) < _scan_sizes(eqn)[1]:
         return None
     return _constant(inner.jaxpr, inner.jaxpr.outvars[eqn.outvars.index(atom)], inputs)
