@@ -21,7 +21,8 @@ import numpy as np
 from flax import nnx
 
 from ghn_jax.deepnets1m.graph import Graph
-from ghn_jax.tracing.jaxpr_graph import Reading, read_graph, read_init
+from ghn_jax.tracing.initial_values import read_init
+from ghn_jax.tracing.jaxpr_graph import Reading, read_graph
 from ghn_jax.tracing.named_axes import bind_axes
 from ghn_jax.tracing.outputs import choose_output
 
@@ -384,7 +385,7 @@ def place_tensor(tensor, roles: Sequence[str], shape: tuple[int, ...]):
 
     Args:
       tensor: as `tiling.node_tensors` makes it; an embedding as (positions, channels).
-      roles: of the parameter's axes (`jaxpr_graph.Placement`).
+      roles: of the parameter's axes (`findings.Placement`).
       shape: of the parameter.
     """
     axes = sorted(range(len(shape)), key=lambda axis: ("hwsioc".find(roles[axis]), axis))

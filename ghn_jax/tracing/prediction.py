@@ -23,7 +23,7 @@ from flax import nnx
 from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.hypernet.tiling import tile_kind
-from ghn_jax.tracing.jaxpr_graph import Placement
+from ghn_jax.tracing.findings import Placement
 from ghn_jax.tracing.model_graph import place_tensor, trace_once
 from ghn_jax.tracing.report import (
     CONSTANT,
