@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from ghn_jax.data.images import Images, prefetch, steps_per_epoch, train_batches
-from ghn_jax.deepnets1m.architecture import Architecture
-from ghn_jax.deepnets1m.reader import DeepNets1M, read_architectures
-from ghn_jax.deepnets1m.sampling import sample_architecture, seeded
 from ghn_jax.engine.compilation import CompilationCounter
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.hypernet.ghn import GHN, count_parameters
+from ghn_jax.training.architectures import architecture_source
 from ghn_jax.training.config import TrainConfig
 from ghn_jax.training.mesh import ARCH, DATA, make_mesh, parse_mesh
 from ghn_jax.training.meta_batch import MetaBatch, Stream
@@ -103,56 +99,6 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ValueError(f"--weight-decay is {o.weight_decay}; allowed: 0 or more")
     if not 0 <= o.label_smoothing < 1:
         raise ValueError(f"--label-smoothing is {o.label_smoothing}; allowed: 0 to below 1")
-
-
-def architecture_source(config: TrainConfig, image_size: int) -> Callable[[int], Architecture]:
-    """Position of the stream -> architecture: generated, or from a file."""
-    rules, seed = config.space.rules(image_size), config.run.seed
-
-    def generated(position: int) -> Architecture:
-        return sample_architecture("train", seed, position, rules=rules)
-
-    if config.space.nets is None:
-        count = config.space.training_architectures
-        return generated if count is None else _shuffled(generated, count, seed)
-    if config.space.nets.suffix == ".json":
-        few = list(read_architectures(config.space.nets).values())
-        return lambda position: few[position % len(few)]
-    nets = DeepNets1M.open(
-        config.space.nets, "train", image_size=image_size, rules=rules, seed=seed
-    )
-
-    order = _orders(len(nets), seed)
-
-    def from_file(position: int) -> Architecture:
-        # Every pass over the file in an order and with widths of its own.
-        epoch, place = divmod(position, len(nets))
-        return nets.architecture(int(order(epoch)[place]), seed=seed + epoch)
-
-    return from_file
-
-
-def _orders(count: int, seed: int) -> Callable[[int], np.ndarray]:
-    """Pass over so many architectures -> their order."""
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return seeded("order of nets", seed, epoch).permutation(count)
-
-    return order
-
-
-def _shuffled(
-    architecture: Callable[[int], Architecture], count: int, seed: int
-) -> Callable[[int], Architecture]:
-    """The first architectures of a stream again and again, every pass in another order (Fig. 3)."""
-    order, known = _orders(count, seed), functools.lru_cache(maxsize=1000)(architecture)
-
-    def one(position: int) -> Architecture:
-        epoch, place = divmod(position, count)
-        return known(int(order(epoch)[place]))
-
-    return one
 
 
 def _check_size(ghn: GHN) -> None:
