@@ -478,12 +478,14 @@ def test_updates_that_stay_not_finite_end_the_run(digits, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "BAD_IN_A_ROW", 2)
     went_back, go_back = [], loop._go_back
     monkeypatch.setattr(
-        loop, "_go_back", lambda run, position: went_back.append(position) or go_back(run, position)
+        loop, "_go_back", lambda run, error: went_back.append(error.position) or go_back(run, error)
     )
     out = tmp_path / "run"
     # The first update is finite, and its parameters are beyond all that a network can have.
     bad = config(out, tmp_path, steps=8, learning_rate=1e30, save_every=1)
-    with pytest.raises(FloatingPointError, match="not finite.* that of update 1 is kept") as error:
+    with pytest.raises(
+        FloatingPointError, match="2 in a row, were not finite.* of update 1 is kept"
+    ) as error:
         loop.train(bad, digits)
     assert "\n" not in str(error.value)
     assert Checkpoints(out).latest() == 1

@@ -304,15 +304,16 @@ def _trim(path: Path, steps: int) -> None:
 
 
 class NotFinite(Exception):
-    """Too many updates in a row that are not finite.
+    """Updates in a row that are not finite: too many, or the last ones of a run.
 
     Attributes:
+      updates: how many.
       position: of the stream of architectures, after them.
     """
 
-    def __init__(self, position: int):
+    def __init__(self, updates: int, position: int):
         super().__init__()
-        self.position = position
+        self.updates, self.position = updates, position
 
 
 def train(config: TrainConfig, images: Images) -> None:
@@ -323,9 +324,8 @@ def train(config: TrainConfig, images: Images) -> None:
       FloatingPointError: the numbers stay not finite; the last good checkpoint is kept.
       ValueError: options that cannot work, or another process runs in the same folder.
     """
-    architecture_source(
-        config, images.image_size
-    )  # may find a file damaged: before a folder is made
+    # A file may be found damaged: before a folder is made.
+    architecture_source(config, images.image_size)
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(lock(config.run.out))
@@ -336,30 +336,30 @@ def train(config: TrainConfig, images: Images) -> None:
         try:
             _make_updates(run, images, listener, compilations)
         except NotFinite as error:
-            run = _go_back(run, error.position)
+            run = _go_back(run, error)
             try:
                 _make_updates(run, images, listener, compilations)
-            except NotFinite:
-                raise _hopeless(run) from None
+            except NotFinite as again:
+                raise _hopeless(run, again) from None
 
 
-def _go_back(run: Run, position: int) -> Run:
+def _go_back(run: Run, error: NotFinite) -> Run:
     """The run at its last checkpoint, with the architectures after those that failed."""
     if run.checkpoints.latest() is None:
-        raise _hopeless(run)
+        raise _hopeless(run, error)
     state, _ = _load(run.checkpoints, run.step, run.state)
-    run = run._replace(state=state, done=int(state.step), position=position)
-    tqdm.write(f"{BAD_IN_A_ROW} updates in a row were not finite: going back to the checkpoint of "
-               f"update {run.done}, on with other architectures")  # fmt: skip
+    run = run._replace(state=state, done=int(state.step), position=error.position)
+    tqdm.write(f"the last updates, {error.updates} in a row, were not finite: going back to the "
+               f"checkpoint of update {run.done}, on with other architectures")  # fmt: skip
     return run
 
 
-def _hopeless(run: Run) -> FloatingPointError:
+def _hopeless(run: Run, error: NotFinite) -> FloatingPointError:
     latest = run.checkpoints.latest()
     kept = "there is no checkpoint" if latest is None else f"that of update {latest} is kept"
     path = run.config.run.out / BAD_UPDATES
     return FloatingPointError(
-        f"the last updates, up to {BAD_IN_A_ROW}, were not finite, and the run ends; {kept}. "
+        f"the last updates, {error.updates} in a row, were not finite, and the run ends; {kept}. "
         f"{path} lists them. Try a lower --learning-rate or --clip, or other images"
     )
 
@@ -396,7 +396,7 @@ def _make_updates(
                 asked = max(asked, int(found.request))
                 bad = 0 if found.applied else bad + 1
             if bad >= BAD_IN_A_ROW:
-                raise NotFinite(update.batch.position)
+                raise NotFinite(bad, update.batch.position)
             # A state that makes no finite updates takes no good one's place.
             if (due or asked) and not bad:
                 run.checkpoints.save(
@@ -410,5 +410,5 @@ def _make_updates(
                 log.say(f"stopped; update {done} is saved, and --resume goes on from there")
                 raise Stopped
         if bad:
-            raise NotFinite(update.batch.position)
+            raise NotFinite(bad, update.batch.position)
         log.end(run)
