@@ -259,6 +259,35 @@ def test_losses():
     assert losses.class_loss(logits, labels, drawn) == pytest.approx(each[:20].mean(), 1e-5)
 
 
+def test_losses_of_proposals():
+    """Of so few anchors that all are drawn: objects from 0.7 on, background below 0.3."""
+    rng = np.random.default_rng(6)
+    objects = np.stack([random_boxes(rng, 2, least=20), random_boxes(rng, 2, least=20)])
+    marks = np.array([[1, 1], [1, 0]])  # the last is padding
+    moved = objects.reshape(-1, 4)[rng.integers(4, size=150)]
+    anchors = moved + rng.normal(0, 6, moved.shape).astype(np.float32)
+    anchors[:, 2:] = np.maximum(anchors[:, 2:], anchors[:, :2] + 1)
+    logits = rng.standard_normal((2, 150)).astype(np.float32)
+    codes = rng.standard_normal((2, 150, 4)).astype(np.float32)
+    kinds, terms, distance = [], [], 0.0
+    for image in range(2):
+        real = objects[image][marks[image] > 0]
+        overlap = np.array([[iou_of(o, a) for a in anchors] for o in real])
+        best = overlap == overlap.max(1, keepdims=True)
+        positive = (overlap.max(0) >= 0.7) | best.any(0)
+        negative = (overlap.max(0) < 0.3) & ~positive
+        kinds += [positive.sum(), negative.sum(), 150 - (positive | negative).sum()]
+        chance = 1 / (1 + np.exp(-logits[image]))
+        terms += [*-np.log(chance[positive]), *-np.log(1 - chance[negative])]
+        targets = np.asarray(box.encode(real[overlap.argmax(0)], anchors))
+        for d in np.abs(codes[image] - targets)[positive].ravel():
+            distance += 4.5 * d**2 if d < 1 / 9 else d - 1 / 18
+    assert min(kinds) > 5 and max(kinds[0], kinds[3]) < 128
+    found = jax.jit(rpn.rpn_losses)(jax.random.key(0), logits, codes, anchors, objects, marks)
+    assert found[0] == pytest.approx(np.mean(terms), rel=1e-4)
+    assert found[1] == pytest.approx(distance / len(terms), rel=1e-4)
+
+
 def test_proposals():
     rng = np.random.default_rng(6)
     anchors = anchors_of_grid((5, 5), (80, 80), (16, 32), (1.0, 2.0))
@@ -545,6 +574,20 @@ def test_a_detector_learns(scenes):
     assert np.isfinite(seen).all() and np.mean(seen[-6:]) < 0.6 * np.mean(seen[:6])
     after = _found(training, state, batch)
     assert after > before + 0.25, (before, after)
+    # The head's losses do not move proposals: they are given to it.
+    params = {"params": state.variables["params"]}
+    others = {k: v for k, v in state.variables.items() if k != "params"}
+
+    def head(variables):
+        some, _ = detector.apply(
+            {**variables, **others}, batch, jax.random.key(0), method=detector.losses,
+            mutable=list(others),
+        )  # fmt: skip
+        return some.classes + some.boxes
+
+    gradient = jax.jit(jax.grad(head))(params)["params"]
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(gradient["rpn"]))
+    assert any(np.asarray(g).any() for g in jax.tree.leaves(gradient["backbone"]))
     # The same seed draws the same anchors and regions.
     again = training.init(batch)
     assert float(sum(training.step(again, frame.batch(photographs[:4]))[1])) == seen[0]

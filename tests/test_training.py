@@ -41,7 +41,7 @@ from ghn_jax.training.mesh import make_mesh
 from ghn_jax.training.meta_batch import Stream, make_meta_batch
 from ghn_jax.training.meta_loss import meta_loss
 from ghn_jax.training.run_folder import lock
-from ghn_jax.training.stopping import Stopped
+from ghn_jax.training.stopping import NOTHING, SAVE, STOP, Stopped
 from ghn_jax.training.update import MetaStep
 
 GHN_ = GHN(max_shape=(16, 16, 11, 11), virtual_includes_real=True)
@@ -199,6 +199,25 @@ def test_what_is_not_finite_changes_nothing(sgd, batch):
     # And the next update is as if nothing had been.
     _, metrics = update(sgd, ARCHITECTURES[:2], images, labels, after)
     assert metrics.applied
+
+
+def test_parameters_that_would_not_be_finite_are_not_taken(sgd, batch):
+    """Whatever makes them so: here neither the loss nor the gradient."""
+    step = MetaStep(GHN_, optax.sgd(np.inf), programs=sgd.engine.programs)
+    with closing(step):
+        before = jax.tree.map(np.asarray, step.init(0).params)
+        after, metrics = update(step, ARCHITECTURES[:2], *batch)
+    assert np.isfinite(metrics.loss)
+    assert np.isfinite(metrics.grad_norm)
+    assert not metrics.applied
+    jax.tree.map(np.testing.assert_array_equal, before, after.params)
+
+
+def test_what_a_process_asks_for_comes_out_of_the_update(sgd, batch):
+    prepared, state = sgd.prepare(meta_batch(ARCHITECTURES[:2]), BATCH), sgd.init(0)
+    for request in (STOP, SAVE, NOTHING):
+        state, metrics = sgd(state, prepared, *batch, request)
+        assert int(metrics.request) == request
 
 
 def swapped(arch: Architecture) -> Architecture:
