@@ -1,0 +1,236 @@
+"""Forms that people's models have: of variables, of calls, of what they return."""
+
+import dataclasses
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.core import FrozenDict, freeze, unfreeze
+
+import ghn_jax
+from ghn_jax.tracing.model_graph import trace
+
+IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def ghn():
+    model = ghn_jax.GHN()
+    return model, model.init_variables(0)
+
+
+# --- Variables and calls --------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """Convolution, norm, classifier; the head reads twice the channels where it is called so."""
+
+    @nn.compact
+    def __call__(self, x, wide=False, train=False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(16, (3, 3))(x)).mean((1, 2))
+        if wide is True:
+            x = jnp.concatenate([x, x], -1)
+        return nn.Dense(10)(x)
+
+
+@pytest.mark.parametrize("form", ["init", "initial", "nested"])
+def test_trees_are_given_back_as_they_came(ghn, form):
+    """FrozenDict where there was one, at any depth."""
+    model = Normed()
+    initial = model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))
+    if form == "init":
+        with flax.config.temp_flip_flag("return_frozendict", True):
+            expected = model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))
+            found, _ = ghn_jax.predict_model(*ghn, Normed(), IMAGES)
+        assert isinstance(found, FrozenDict)
+    else:
+        expected = freeze(initial) if form == "initial" else {
+            "params": freeze(initial["params"]), "batch_stats": initial["batch_stats"]
+        }  # fmt: skip
+        found, _ = ghn_jax.predict_model(*ghn, model, IMAGES, initial=expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    usual, _ = ghn_jax.predict_model(*ghn, Normed(), IMAGES)
+    jax.tree.map(np.testing.assert_array_equal, unfreeze(freeze(found)), usual)
+
+
+@pytest.mark.parametrize("first, second", [(True, 1), (1, True)])
+def test_equal_arguments_are_not_the_same_call(ghn, first, second):
+    """True == 1, but the model tells them apart."""
+
+    def channels(model, wide):
+        found, _ = ghn_jax.predict_model(*ghn, model, IMAGES, wide=wide)
+        return found["params"]["Dense_0"]["kernel"].shape[0]
+
+    model = Normed()
+    assert [channels(model, first), channels(model, second)] in ([32, 16], [16, 32])
+
+
+class Reads(nn.Module):
+    """Reads values while it is called: as text, as an index, as a condition or by NumPy."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        rates = jnp.linspace(0, 0.5, 3)
+        if self.how == "item":
+            x = x * rates[1].item()
+        elif self.how == "index":
+            x = x * (0.1, 0.2)[jnp.argmin(rates)]
+        elif self.how == "condition":
+            x = x if rates[0] > 1 else 2 * x
+        else:
+            x = x * np.asarray(rates)[1]
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("how", ["item", "index", "condition", "numpy"])
+@pytest.mark.parametrize("initial", [False, True])
+def test_values_that_are_read_while_tracing(ghn, how, initial):
+    model = Reads(how)
+    given = {"initial": model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))} if initial else {}
+    with pytest.raises(ValueError, match=r"Reads reads .* \(line \d+ of .*forms_of_models.*np.lin"):
+        ghn_jax.predict_model(*ghn, model, IMAGES, **given)
+
+
+class Dropped(nnx.Module):
+    """Takes random numbers where it is called."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.drop = nnx.Dropout(0.1)
+        self.head = nnx.Linear(16, 10, rngs=rngs)
+
+    def __call__(self, x, *, rngs=None):
+        return self.head(self.drop(nnx.relu(self.conv(x)).mean((1, 2)), rngs=rngs))
+
+
+def test_random_numbers_given_to_the_call(ghn):
+    model, rngs = Dropped(nnx.Rngs(0)), nnx.Rngs(1)
+    found, report = ghn_jax.predict_model(*ghn, model, IMAGES, rngs=rngs)
+    assert len(report.predicted) == 4
+    assert rngs.default.count[...] == 0  # not used up
+    still, _ = ghn_jax.predict_model(*ghn, Dropped(nnx.Rngs(0)), IMAGES, rngs=nnx.Rngs(7))
+    np.testing.assert_array_equal(found.conv.kernel[...], still.conv.kernel[...])
+    assert np.isfinite(found(jnp.ones(IMAGES.shape), rngs=rngs)).all()
+
+
+# --- Outputs and arguments as models have them ----------------------------------------------------
+
+
+@flax.struct.dataclass
+class Output:
+    """As Hugging Face's models return."""
+
+    logits: jax.Array
+    hidden: jax.Array | None = None
+
+
+@dataclasses.dataclass
+class PlainOutput:
+    """A dataclass that JAX does not know."""
+
+    scores: jax.Array
+    features: dict
+
+
+class Returning(nn.Module):
+    """Logits and features in some container."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x, noisy=False):
+        x = nn.Conv(8, (3, 3), 8, name="stem")(x).mean((1, 2))
+        if noisy:
+            x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+        features = nn.Dense(6, name="features")(x)
+        logits = nn.Dense(10, name="head")(x)
+        return {
+            "tuple": (logits, {"features": features}),
+            "dict": {"features": features, "logits": logits, "name": "a"},
+            "dataclass": Output(logits, features),
+            "plain": PlainOutput(logits, {"features": features}),
+            "single": Output(logits),
+            "list": [features, logits],
+            "nested": {"a": (features, {"b": logits})},
+        }[self.how]
+
+
+class Methods(nn.Module):
+    """Called by another method than `__call__`."""
+
+    def setup(self):
+        self.embedding = nn.Dense(10)
+
+    def embed(self, x):
+        return self.embedding(x.mean((1, 2)))
+
+
+OUTPUTS = [
+    ("tuple", None), ("dict", None), ("dataclass", None), ("plain", None), ("single", None),
+    ("list", 1), ("list", "1"), ("nested", "a/1/b"), ("dataclass", "logits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "output"), OUTPUTS)
+def test_logits_among_what_a_model_returns(how, output):
+    traced = trace(Returning(how), IMAGES, 1, output=output, call={})
+    reading = traced.reading
+    assert reading.outputs == 10
+    left = {traced.paths[leaf]: why for leaf, why in reading.reasons.items()}
+    both = {"features/kernel", "features/bias"} if how != "single" else set()
+    assert set(left) == both | {p for p in left if p.startswith("features")}
+    assert set(left.values()) == {"it does not reach the output"}
+
+
+def test_outputs_that_have_to_be_named(ghn):
+    for how in ("list", "nested"):
+        with pytest.raises(ValueError, match=r"returns 2 arrays \(.*\(1, 6\).*Name it, as in outp"):
+            ghn_jax.predict_model(*ghn, Returning(how), IMAGES)
+    with pytest.raises(ValueError, match=r"no output 'x'; allowed: '0' \(1, 6\), '1' \(1, 10\)"):
+        ghn_jax.predict_model(*ghn, Returning("list"), IMAGES, output="x")
+    graph = ghn_jax.model_graph(Returning("list"), IMAGES, output=0)
+    assert graph.param_shapes[graph.classifier[0]] == (6, 8)
+
+
+def test_arguments_of_apply(ghn):
+    """`method`, `rngs` and `mutable` are what `apply` takes, beside the call's own."""
+    key = jax.random.key(1)
+    for options in (
+        {"rngs": {"noise": key}, "noisy": True, "mutable": ["intermediates"]},
+        {"rngs": key, "noisy": True, "mutable": True},
+        {"mutable": "batch_stats"},
+    ):
+        reading = trace(Returning("dict"), IMAGES, 1, call=options).reading
+        assert len(reading.graph) == 6
+    traced = trace(Methods(), IMAGES, 1, call={"method": "embed"})
+    assert traced.paths == ["embedding/bias", "embedding/kernel"]
+
+
+class Wrapper:
+    """As Hugging Face's models hold their module and its parameters."""
+
+    def __init__(self, module, params=None):
+        self.module, self._params = module, params
+
+    @property
+    def params(self):
+        if self._params is None:
+            raise ValueError("`params` cannot be accessed")
+        return self._params
+
+
+def test_objects_that_hold_a_module_and_its_parameters(ghn):
+    initial = Returning("dict").init(jax.random.key(3), jnp.ones(IMAGES.shape))
+    wrapper = Wrapper(Returning("dict"), initial["params"])
+    found, report = ghn_jax.predict_model(*ghn, wrapper, IMAGES)
+    assert [p.path for p in report.left] == ["features/bias", "features/kernel"]
+    kept = found["params"]["features"]["kernel"]
+    np.testing.assert_array_equal(kept, initial["params"]["features"]["kernel"])
+    for other in (Wrapper(Returning("dict")), Wrapper(Returning("dict"), initial)):
+        assert len(ghn_jax.model_graph(other, IMAGES)) == len(ghn_jax.model_graph(wrapper, IMAGES))

@@ -1,0 +1,96 @@
+"""NNX models: predicted as Linen models are."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import ghn_jax
+
+IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def ghn():
+    model = ghn_jax.GHN()
+    return model, model.init_variables(0)
+
+
+def rows(report):
+    return {p.path: p for p in report.parameters}
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(16, 16, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.dropout(nnx.relu(self.norm(self.conv(x))))
+
+
+class Modern(nnx.Module):
+    def __init__(self, rngs, classes=10):
+        self.stem = nnx.Conv(3, 16, (3, 3), strides=8, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
+        self.scale = nnx.Param(jnp.full(16, 0.5))
+        self.head = nnx.Linear(16, classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head((self.attention(x.reshape(len(x), -1, 16)) * self.scale).mean(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nnx(ghn, training):
+    module = Modern(nnx.Rngs(0))
+    if not training:
+        module.eval()
+    before = jax.tree.map(jnp.copy, nnx.state(module, nnx.Param, nnx.BatchStat))
+    predicted, report = ghn_jax.predict_model(*ghn, module, jnp.zeros(IMAGES.shape))
+    assert isinstance(predicted, Modern)
+    assert [p.path for p in report.left] == ["scale"]
+    assert rows(report)["blocks/1/norm/scale"].primitive == "bn"
+    assert rows(report)["attention/query/kernel"].node_shape == (16, 16)
+    np.testing.assert_array_equal(predicted.scale[...], 0.5)
+    norm = rows(report)["stem/kernel"].norm
+    assert float(jnp.linalg.norm(predicted.stem.kernel[...])) == pytest.approx(norm, rel=1e-5)
+    assert predicted(jnp.ones((2, 16, 16, 3))).shape == (2, 10)
+    # The module given is not changed, not even by running the new one.
+    after = nnx.state(module, nnx.Param, nnx.BatchStat)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_nnx_and_linen_get_the_same(ghn):
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(16, (3, 3), 4, name="stem")(x))
+            return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.Conv(3, 16, (3, 3), strides=4, rngs=rngs)
+            self.head = nnx.Linear(16, 10, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.stem(x)).mean((1, 2)))
+
+    linen, _ = ghn_jax.predict_model(*ghn, Linen(), IMAGES)
+    module, _ = ghn_jax.predict_model(*ghn, Nnx(nnx.Rngs(0)), IMAGES)
+    np.testing.assert_array_equal(module.stem.kernel[...], linen["params"]["stem"]["kernel"])
+    np.testing.assert_array_equal(module.head.bias[...], linen["params"]["head"]["bias"])
+
+
+def test_bad_nnx(ghn):
+    abstract = nnx.eval_shape(lambda: Modern(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="the module is abstract .* but scale stays"):
+        ghn_jax.predict_model(*ghn, abstract, IMAGES)
+    with pytest.raises(ValueError, match="an NNX module holds its initial values"):
+        ghn_jax.predict_model(*ghn, Modern(nnx.Rngs(0)), IMAGES, initial={})
