@@ -240,8 +240,8 @@ def updates(
 
     def make(workers: int) -> MetaStep:
         return MetaStep(
-            case.ghn, case.config.optimiser.make(1000), workers=workers, dtype=jnp.dtype(dtype),
-            programs=programs,
+            case.ghn, case.config.optimiser.make(1000, 300_000), workers=workers,
+            dtype=jnp.dtype(dtype), programs=programs,
         )  # fmt: skip
 
     start, found = time.perf_counter(), {"dtype": dtype, "workers": 2 if cpu else 1}
@@ -468,7 +468,7 @@ def train(options: Options, programs: Programs, deadline: float, results: Result
     images = load_images(options.dataset, "train", data_dir=options.data_dir)
     config = preset("demo" if images.image_size < 32 else "ghn2")
     ghn, rules = config.ghn(images.task), config.space.rules(images.image_size)
-    step = MetaStep(ghn, config.optimiser.make(10_000), programs=programs)
+    step = MetaStep(ghn, config.optimiser.make(10_000, 3_000_000), programs=programs)
     stream = Stream(
         ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.space.meta_batch,
         images.image_size, graph_nodes=config.space.graph_nodes,

@@ -44,7 +44,7 @@ def main(options: Options) -> None:
     keep_memory()
     config = preset("ghn2")
     ghn, rules = config.ghn(Task()), config.space.rules(32)
-    step = MetaStep(ghn, config.optimiser.make(1000), workers=config.run.workers)
+    step = MetaStep(ghn, config.optimiser.make(1000, 300_000), workers=config.run.workers)
     state = step.init(0)
     stream = Stream(
         ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.space.meta_batch, 32,

@@ -52,7 +52,7 @@ def run(options: Options) -> None:
     config = preset("ghn2")
     ghn, rules = config.ghn(Task()), config.space.rules(32)
     counter = CompilationCounter()
-    step = MetaStep(ghn, config.optimiser.make(1000), workers=config.run.workers)
+    step = MetaStep(ghn, config.optimiser.make(1000, 300_000), workers=config.run.workers)
     stream = Stream(
         ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.space.meta_batch, 32,
         graph_nodes=config.space.graph_nodes,

@@ -76,7 +76,7 @@ def main(options: Options) -> None:
 def run(options: Options, config, nets: DeepNets1M, path: Path) -> None:
     """Times every meta-batch."""
     ghn = config.ghn(Task())
-    step = MetaStep(ghn, config.optimiser.make(1000), workers=config.run.workers)
+    step = MetaStep(ghn, config.optimiser.make(1000, 300_000), workers=config.run.workers)
     state = step.init(0)
     rng = np.random.default_rng(options.seed)
     images = rng.standard_normal((config.data.batch_size, 32, 32, 3), np.float32)

@@ -547,6 +547,7 @@ def test_a_folder_belongs_to_one_process(tmp_path):
         ("decay", (0, np.inf), "allowed: numbers above 0"),
         ("save_minutes", (0, np.nan), "allowed: numbers above 0"),
         ("weight_decay", (-1e-9, np.nan, np.inf), "allowed: 0 or more"),
+        ("norm_penalty", (-1, np.nan), "allowed: 0 or more"),
         ("label_smoothing", (-0.1, 1.0, np.nan), "allowed: 0 to below 1"),
     ],
 )
@@ -554,34 +555,3 @@ def test_numbers_that_no_training_works_with(option, values, message, tmp_path):
     for value in values:
         with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} is {value}; {message}"):
             loop.check(config(tmp_path, tmp_path, **{option: value}))
-
-
-def test_options_change_the_preset():
-    given = train.parse(["--preset", "ghn1", "--learning-rate", "0.5", "--widths", "16", "32"])
-    assert (given.space.meta_batch, given.model.virtual_edges) == (1, 1)
-    assert (given.optimiser.learning_rate, given.space.widths) == (0.5, (16, 32))
-
-
-def test_the_papers_hyperparameters():
-    for name, meta in (("ghn2", 8), ("ghn1", 1), ("mlp", 1)):
-        c = preset(name)
-        o = c.optimiser
-        assert (o.learning_rate, o.weight_decay, o.clip) == (1e-3, 1e-5, 5.0)
-        assert (o.decay_epochs, o.decay) == ((200, 250), 0.1)
-        assert (c.data.batch_size, c.data.epochs, c.space.meta_batch) == (64, 300, meta)
-        assert c.space.max_nodes == 2200
-        assert c.space.rules(32).n_cells == RULES["train"].n_cells
-    assert preset("ghn1").ghn(Task()).normalise is False
-    assert preset("mlp").ghn(Task()).encoder == "mlp"
-
-
-def test_the_learning_rate_falls_tenfold_at_epochs_200_and_250():
-    optimizer = preset("ghn2").optimiser.make(steps_per_epoch=1)
-    params = jnp.zeros(())
-    state, sizes = optimizer.init(params), []
-    update = jax.jit(optimizer.update)
-    for _ in range(300):
-        step, state = update(jnp.ones(()), state, params)
-        sizes.append(-float(step))
-    np.testing.assert_allclose(np.array(sizes)[[0, 199, 200, 249, 250, 299]],
-                               [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5], rtol=1e-3)  # fmt: skip

@@ -7,8 +7,9 @@ and is an option of the command line.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ import optax
 
 from ghn_jax.deepnets1m.sampling import RULES, Rules
 from ghn_jax.deepnets1m.task import Task
-from ghn_jax.hypernet import ghn
+from ghn_jax.hypernet import ghn, presets
+
+WARMUP_FROM = 1e-5  # learning rate at the start of a warm-up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +71,9 @@ class ModelConfig:
     """The hypernetwork (§ 4, B); the attributes of `hypernet.ghn.GHN`."""
 
     init: Path | None = None  # hypernetwork to go on from: a folder; its options are taken, too
-    encoder: str = "gatedgnn"  # or mlp: no messages between nodes
-    decoder: str = "conv"  # or mlp: that of vanilla GHNs
+    encoder: str = "gatedgnn"  # or graphormer (GHN-3), or mlp: no messages between nodes
+    decoder: str = "conv"  # or lowrank, lowrank_1d (LoGAH), or mlp: that of vanilla GHNs
+    features: int = 32  # numbers of a node's state (d)
     tile_channels: int = 64  # channels of the largest kernel that the decoder makes (C of B.1)
     tile_inputs: int | None = None  # its input channels; default: as many
     virtual_edges: int = 50  # longest virtual edge (s^(max), Eq. 4); 1 for none
@@ -81,29 +85,58 @@ class ModelConfig:
     stack: int = 1  # encoders one after another
     rounds: int = 1  # sweeps in each direction (T of Eq. 3)
     forward_only: bool = False  # no sweeps backwards (π of Eq. 3)
+    layers: int = 3  # of a Graphormer
+    heads: int = 8  # of its attention
+    remat: bool = False  # compute its layers again in the backward pass: less memory
+    rank: int = 32  # of low-rank decoders
+    factor_size: int | None = None  # most rows of their factors; default: as tiles need
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
-    """Adam (§ 5.1)."""
+    """Adam with a learning rate that falls in steps (§ 5.1), or GHN-3's AdamW with a cosine."""
 
+    optimiser: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 1e-3
-    weight_decay: float = 1e-5  # L2, added to the gradient
+    weight_decay: float = 1e-5  # L2, added to the gradient; with adamw, to the update
     clip: float = 5.0  # largest global norm of the gradient
-    decay_epochs: tuple[int, ...] = (200, 250)  # epochs at which the learning rate falls
+    schedule: Literal["steps", "cosine"] = "steps"  # cosine: from warm-up to 0 at the last update
+    warmup_epochs: float = 0.0  # in which the learning rate rises from 1e-5 (cosine)
+    decay_epochs: tuple[int, ...] = (200, 250)  # epochs at which the learning rate falls (steps)
     decay: float = 0.1  # factor by which it falls
     label_smoothing: float = 0.0  # 0.1 for ImageNet in the paper
+    norm_penalty: float = 0.0  # weight of the sum of predicted tensors' norms in the loss
 
-    def make(self, steps_per_epoch: int) -> optax.GradientTransformation:
-        """Adam with L2 weight decay after clipping, and the step-wise schedule."""
-        schedule = optax.piecewise_constant_schedule(
+    def make(self, steps_per_epoch: int, total: int) -> optax.GradientTransformation:
+        """The optimiser, after clipping.
+
+        Args:
+          steps_per_epoch: updates in an epoch.
+          total: updates in all.
+        """
+        clip, rate = optax.clip_by_global_norm(self.clip), self.rate(steps_per_epoch, total)
+        if self.optimiser == "adamw":
+            return optax.chain(clip, optax.adamw(rate, weight_decay=self.weight_decay))
+        return optax.chain(clip, optax.add_decayed_weights(self.weight_decay), optax.adam(rate))
+
+    def rate(self, steps_per_epoch: int, total: int) -> optax.Schedule:
+        """Number of an update, from 0 -> its learning rate.
+
+        Raises:
+          ValueError: the warm-up is as long as the run.
+        """
+        if self.schedule == "cosine":
+            rise = round(self.warmup_epochs * steps_per_epoch)
+            if rise >= total:
+                raise ValueError(
+                    f"--warmup-epochs is {self.warmup_epochs}, {rise} updates, but the run has "
+                    f"{total}; allowed: below {total / steps_per_epoch:.3g}"
+                )
+            first = min(WARMUP_FROM, self.learning_rate) if rise else self.learning_rate
+            return optax.warmup_cosine_decay_schedule(first, self.learning_rate, rise, total)
+        return optax.piecewise_constant_schedule(
             self.learning_rate,
             {epoch * steps_per_epoch: self.decay for epoch in self.decay_epochs},
-        )
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.add_decayed_weights(self.weight_decay),
-            optax.adam(schedule),
         )
 
 
@@ -142,7 +175,7 @@ def _typed(value: Any, option: str) -> Any:
 class TrainConfig:
     """All options of `ghn-train`."""
 
-    preset: str = "ghn2"  # ghn2, ghn1, mlp (the paper's models), or demo (16x16 images, minutes)
+    preset: str = "ghn2"  # ghn2, ghn1, mlp: the paper's models; demo: minutes; or see above
     ablation: str | None = None  # a row of Tables 5 and 8 that changes the preset, see ablations.py
     data: DataConfig = DataConfig()
     space: SpaceConfig = SpaceConfig()
@@ -208,6 +241,8 @@ class TrainConfig:
         del model["init"]
         channels, inputs = model.pop("tile_channels"), model.pop("tile_inputs")
         max_shape = (channels, inputs or channels, kernel, kernel)
+        if self.model.encoder == "graphormer":  # as its authors: no row for padding
+            model |= {"dummy_op": False, "bfloat16": self.run.dtype == "bfloat16"}
         made = ghn.GHN(task.num_classes, max_shape, **model)
         ghn.check_choices(made)
         return made
@@ -243,6 +278,37 @@ def mlp() -> TrainConfig:
     return TrainConfig("mlp").replace(meta_batch=1, encoder="mlp", out=Path("runs/mlp"))
 
 
+def _later(name: str) -> TrainConfig:
+    """GHN-3's recipe (arXiv:2303.04143) for a published hypernetwork, on CIFAR-10.
+
+    AdamW, a warm-up of 5 epochs and a cosine, a penalty on the norms of predicted tensors. Of its
+    ImageNet recipe, `--epochs 75 --batch-size 128 --label-smoothing 0.1` are missing here.
+    """
+    made = presets.preset(name, num_classes=10)
+    return TrainConfig(name).replace(
+        encoder=made.encoder, decoder=made.decoder, features=made.features, layers=made.layers,
+        heads=made.heads, tile_channels=made.max_shape[0], rank=made.rank,
+        factor_size=made.factor_size, optimiser="adamw", learning_rate=4e-4, weight_decay=1e-2,
+        schedule="cosine", warmup_epochs=5, norm_penalty=3e-5, out=Path("runs") / name,
+    )  # fmt: skip
+
+
+def ghn3(name: str) -> TrainConfig:
+    """GHN-3 of a published size, with its recipe.
+
+    Command: `ghn-train --preset ghn3-t --data-dir DIR`. Not yet run in full here.
+    """
+    return _later(name)
+
+
+def logah(name: str) -> TrainConfig:
+    """LoGAH (arXiv:2405.16287) of a published size: GHN-3's recipe, one architecture an update.
+
+    Command: `ghn-train --preset logah-tiny --data-dir DIR`. Not yet run in full here.
+    """
+    return _later(name).replace(meta_batch=1, learning_rate=3e-4)
+
+
 def demo() -> TrainConfig:
     """A GHN-2 for small networks on handwritten digits of 16x16 pixels.
 
@@ -268,7 +334,16 @@ def demo() -> TrainConfig:
     )
 
 
-PRESETS = {"ghn2": ghn2, "ghn1": ghn1, "mlp": mlp, "demo": demo}
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "ghn2": ghn2,
+    "ghn1": ghn1,
+    "mlp": mlp,
+    "demo": demo,
+    **{
+        name: functools.partial(ghn3 if name.startswith("ghn3") else logah, name)
+        for name in presets.PRESETS
+    },
+}
 
 
 def preset(name: str) -> TrainConfig:

@@ -95,8 +95,16 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, value in above_zero.items():
         if not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: numbers above 0")
-    if not 0 <= o.weight_decay < math.inf:
-        raise ValueError(f"--weight-decay is {o.weight_decay}; allowed: 0 or more")
+    at_least_zero = {"weight_decay": o.weight_decay, "norm_penalty": o.norm_penalty,
+                     "warmup_epochs": o.warmup_epochs}  # fmt: skip
+    for name, value in at_least_zero.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 0 or more")
+    if o.warmup_epochs and o.schedule != "cosine":
+        raise ValueError(
+            f"--warmup-epochs is {o.warmup_epochs}, but --schedule {o.schedule} has no warm-up; "
+            "allowed: 0, or --schedule cosine"
+        )
     if not 0 <= o.label_smoothing < 1:
         raise ValueError(f"--label-smoothing is {o.label_smoothing}; allowed: 0 to below 1")
 
@@ -154,13 +162,15 @@ def setup(config: TrainConfig, images: Images) -> Run:
             )
     _check_size(ghn)
     per_epoch = steps_per_epoch(images, config.data.batch_size)
+    total = config.data.steps or config.data.epochs * per_epoch
     # A CPU that is one device runs several networks at once.
     shared = jax.default_backend() == "cpu" and mesh.shape[DATA] == 1
     step = MetaStep(
         ghn,
-        config.optimiser.make(per_epoch),
+        config.optimiser.make(per_epoch, total),
         mesh=mesh,
         smoothing=config.optimiser.label_smoothing,
+        norm_penalty=config.optimiser.norm_penalty,
         seed=config.run.seed,
         workers=config.run.workers if shared else 1,
         dtype=config.run.dtype,
@@ -181,7 +191,6 @@ def setup(config: TrainConfig, images: Images) -> Run:
         graph_nodes=config.space.graph_nodes,
         max_nodes=config.space.max_nodes,
     )
-    total = config.data.steps or config.data.epochs * per_epoch
     return Run(config, step, state, int(state.step), total, position, stream, checkpoints)
 
 

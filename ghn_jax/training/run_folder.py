@@ -55,10 +55,12 @@ def lock(folder: Path) -> Iterator[None]:
 
 def differences(config: TrainConfig, before: TrainConfig) -> dict[str, list[Any]]:
     """Options that decide on the result and differ: name -> [before, now], JSON-ready."""
+    # The learning rates of a cosine depend on where it ends.
+    free = _FREE - ({"epochs", "steps"} if config.optimiser.schedule == "cosine" else set())
     found = {
         name: [before.options()[name], value]
         for name, value in config.options().items()
-        if name not in _FREE and value != before.options()[name]
+        if name not in free and value != before.options()[name]
     }
     return json.loads(json.dumps(found, default=str))
 

@@ -166,8 +166,8 @@ def _of_hypernetwork(config: Config, model: str, meta_batch: int, bar: tqdm) -> 
     # As `training.loop.setup`: a CPU that is one device runs several networks at once.
     shared = jax.default_backend() == "cpu" and mesh.shape[DATA] == 1
     step = MetaStep(
-        ghn, options.optimiser.make(1000), mesh=mesh, seed=config.seed, dtype=options.run.dtype,
-        workers=options.run.workers if shared else 1,
+        ghn, options.optimiser.make(1000, 300_000), mesh=mesh, seed=config.seed,
+        workers=options.run.workers if shared else 1, dtype=options.run.dtype,
     )  # fmt: skip
     with closing(step):
         state, prepared, prepare_seconds = step.init(config.seed), [], []

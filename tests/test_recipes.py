@@ -1,0 +1,90 @@
+"""Presets of training: the paper's recipe, and that of GHN-3."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ghn_jax.cli import train
+from ghn_jax.deepnets1m.sampling import RULES
+from ghn_jax.deepnets1m.task import Task
+from ghn_jax.hypernet import presets
+from ghn_jax.hypernet.ghn import count_parameters
+from ghn_jax.training import loop
+from ghn_jax.training.config import preset
+from ghn_jax.training.run_folder import check_same
+
+
+def test_options_change_the_preset():
+    given = train.parse(["--preset", "ghn1", "--learning-rate", "0.5", "--widths", "16", "32"])
+    assert (given.space.meta_batch, given.model.virtual_edges) == (1, 1)
+    assert (given.optimiser.learning_rate, given.space.widths) == (0.5, (16, 32))
+
+
+def test_the_papers_hyperparameters():
+    for name, meta in (("ghn2", 8), ("ghn1", 1), ("mlp", 1)):
+        c = preset(name)
+        o = c.optimiser
+        assert (o.learning_rate, o.weight_decay, o.clip) == (1e-3, 1e-5, 5.0)
+        assert (o.decay_epochs, o.decay) == ((200, 250), 0.1)
+        assert (c.data.batch_size, c.data.epochs, c.space.meta_batch) == (64, 300, meta)
+        assert c.space.max_nodes == 2200
+        assert c.space.rules(32).n_cells == RULES["train"].n_cells
+    assert preset("ghn1").ghn(Task()).normalise is False
+    assert preset("mlp").ghn(Task()).encoder == "mlp"
+
+
+def test_the_learning_rate_falls_tenfold_at_epochs_200_and_250():
+    optimizer = preset("ghn2").optimiser.make(steps_per_epoch=1, total=300)
+    params = jnp.zeros(())
+    state, sizes = optimizer.init(params), []
+    update = jax.jit(optimizer.update)
+    for _ in range(300):
+        step, state = update(jnp.ones(()), state, params)
+        sizes.append(-float(step))
+    np.testing.assert_allclose(np.array(sizes)[[0, 199, 200, 249, 250, 299]],
+                               [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5], rtol=1e-3)  # fmt: skip
+
+
+def test_the_recipe_of_ghn3():
+    sizes = {"ghn3-t": (64, 3, 8), "ghn3-xl": (384, 24, 16), "logah-small": (128, 5, 16)}
+    for name, size in sizes.items():
+        c = train.parse(["--preset", name])
+        o, ghn = c.optimiser, c.ghn(Task())
+        assert (ghn.features, ghn.layers, ghn.heads) == size
+        assert ghn == presets.preset(name, num_classes=10, max_shape=ghn.max_shape)
+        rate, norms = (4e-4, 8) if name.startswith("ghn3") else (3e-4, 1)
+        assert (o.optimiser, o.learning_rate, o.weight_decay) == ("adamw", rate, 1e-2)
+        assert (o.norm_penalty, o.clip, c.space.meta_batch) == (3e-5, 5.0, norms)
+    assert count_parameters(preset("ghn3-t").ghn(Task())) == 4_531_500
+
+
+def test_the_learning_rate_of_a_cosine():
+    optimiser = preset("ghn3-t").optimiser
+    rates = [float(optimiser.rate(10, 3000)(i)) for i in (0, 25, 50, 1525, 2999, 3000)]
+    middle = (1e-5 + 4e-4) / 2
+    np.testing.assert_allclose(rates[:4], [1e-5, middle, 4e-4, 2e-4], rtol=1e-3)
+    assert 0 == rates[5] < rates[4] < 1e-9
+    with pytest.raises(ValueError, match="50 updates, but the run has 50"):
+        optimiser.rate(10, 50)
+
+
+def test_weight_decay_of_adamw_is_not_in_the_gradient():
+    params = jnp.full((), 2.0)
+    for name, expected in (("adamw", 4e-3 * 1e-2 * 2), ("adam", 4e-3)):
+        config = preset("ghn2").replace(optimiser=name, weight_decay=1e-2, learning_rate=4e-3)
+        optimizer = config.optimiser.make(1, 1)
+        step, _ = optimizer.update(jnp.zeros(()), optimizer.init(params), params)
+        np.testing.assert_allclose(-float(step), expected, rtol=1e-3)
+
+
+def test_options_that_a_schedule_needs(tmp_path):
+    config = preset("ghn2").replace(out=tmp_path / "run", warmup_epochs=2.0)
+    with pytest.raises(ValueError, match="--warmup-epochs is 2.0, but --schedule steps has no"):
+        loop.check(config)
+    cosine = config.replace(schedule="cosine", steps=300)
+    loop.check(cosine)
+    # A run that is made longer would have had other learning rates.
+    with pytest.raises(ValueError, match=r"--steps 300 \(now 400\)"):
+        check_same(cosine.replace(steps=400), cosine)
+    check_same(config.replace(steps=400), config)
