@@ -128,12 +128,27 @@ def expected(sgd, batch):
     return architectures, *result
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_an_update_is_the_gradient_of_the_mean_loss_of_the_modules(devices, sgd, batch, expected):
+@pytest.fixture(scope="module")
+def two_devices():
+    programs = Programs()
+    yield {"mesh": make_mesh(), "programs": programs}
+    programs.close()
+
+
+@pytest.mark.parametrize(("devices", "shard"), [(1, False), (2, False), (2, True)])
+def test_an_update_is_the_gradient_of_the_mean_loss_of_the_modules(
+    devices, shard, sgd, batch, expected, two_devices
+):
     architectures, loss, grads = expected
-    step = sgd if devices == 1 else MetaStep(GHN_, optax.sgd(1.0), mesh=make_mesh())
-    before = jax.tree.map(np.asarray, step.init(0).params)
+    step = sgd
+    if devices == 2:
+        step = MetaStep(GHN_, optax.sgd(1.0, momentum=0.9), shard=shard, **two_devices)
+    first = step.init(0)
+    before = jax.tree.map(np.asarray, first.params)
+    parts = sum(not x.is_fully_replicated for x in jax.tree.leaves(first))
+    assert parts == 2 * 2 * shard  # the decoder's two large kernels, and the optimizer's
     after, metrics = update(step, architectures, *batch)
+    assert sum(not x.is_fully_replicated for x in jax.tree.leaves(after)) == parts
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics.grad_norm) == pytest.approx(float(optax.global_norm(grads)), rel=1e-3)
     assert metrics.applied

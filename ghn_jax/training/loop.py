@@ -28,6 +28,7 @@ from ghn_jax.training.stopping import NOTHING, SAVE, STOP, Listener, Stopped
 from ghn_jax.training.update import MetaStep, Metrics, TrainState, Update
 
 MOST_PARAMETERS = 10**9  # of a hypernetwork: 20 GB with its gradients and Adam's state
+SHARD_FROM = 10**7  # parameters, from which on several devices share a hypernetwork's state
 BAD_UPDATES = "bad_updates.jsonl"  # what was passed over, to look at and to repeat
 BAD_IN_A_ROW = 50  # updates that are not finite, after which a run goes back, and then ends
 _AHEAD = 4  # updates that architectures come ahead by, so that what is new gets compiled meanwhile
@@ -174,10 +175,12 @@ def setup(config: TrainConfig, images: Images) -> Run:
         seed=config.run.seed,
         workers=config.run.workers if shared else 1,
         dtype=config.run.dtype,
+        shard=mesh.size > 1 and count_parameters(ghn) >= SHARD_FROM,
     )
     state, position = step.init(config.run.seed), 0
     if trained is not None:
-        state = state._replace(params=jax.device_put(trained["params"], step.replicated))
+        params = jax.device_put(trained["params"], step.replicated)
+        state = step.place(step.whole(state)._replace(params=params))
     if config.run.resume:
         state, position = _load(checkpoints, step, state)
     if first and (config.run.override or not config.run.resume):
@@ -198,7 +201,7 @@ def _load(checkpoints: Checkpoints, step: MetaStep, like: TrainState) -> tuple[T
     """The state of the last checkpoint, and its position in the stream of architectures."""
     trees = {"params": like.params, "training": (like.opt_state, like.step)}
     _, position, trees = checkpoints.load(step.replicated, **trees)
-    return TrainState(trees["params"], *trees["training"]), position
+    return step.place(TrainState(trees["params"], *trees["training"])), position
 
 
 def _write_config(
@@ -408,9 +411,10 @@ def _make_updates(
                 raise NotFinite(bad, update.batch.position)
             # A state that makes no finite updates takes no good one's place.
             if (due or asked) and not bad:
+                whole = run.step.whole(state)
                 run.checkpoints.save(
                     step, update.batch.position,
-                    params=state.params, training=(state.opt_state, state.step),
+                    params=whole.params, training=(whole.opt_state, whole.step),
                 )  # fmt: skip
                 due, saved = False, time.monotonic()
                 asked = NOTHING if asked == SAVE else asked

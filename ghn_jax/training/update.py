@@ -27,8 +27,9 @@ from ghn_jax.deepnets1m.units import Arrays
 from ghn_jax.engine.engine import Engine, Prepared
 from ghn_jax.engine.programs import Program, Programs
 from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.hypernet.sharding import param_shardings
 from ghn_jax.training.decoding import TilePrograms, Tiles
-from ghn_jax.training.mesh import ARCH, make_mesh
+from ghn_jax.training.mesh import ARCH, DATA, make_mesh
 from ghn_jax.training.meta_batch import MetaBatch
 from ghn_jax.training.meta_loss import cross_entropy
 from ghn_jax.training.stopping import NOTHING, SAVE, STOP
@@ -86,6 +87,8 @@ class MetaStep:
       seed: of the dropout in networks with two fully connected layers.
       workers: networks that run at once; more than one where a CPU is one device.
       dtype: that networks compute in; see `engine.Engine`.
+      shard: keep the state in parts, one on each device, but for the time of an update: for
+        hypernetworks whose optimizer state does not fit a device.
       programs: see `engine.Engine`; whoever gives them closes them.
     """
 
@@ -100,6 +103,7 @@ class MetaStep:
         seed: int = 0,
         workers: int = 1,
         dtype=jnp.float32,
+        shard: bool = False,
         programs: Programs | None = None,
     ):
         self.ghn, self.optimizer, self.smoothing = ghn, optimizer, smoothing
@@ -111,9 +115,18 @@ class MetaStep:
         self.seed, self.workers = seed, workers
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, "network")
         self.form = Tiles(ghn)
-        self._init = jax.jit(self._make_state, out_shardings=self.replicated)
-        self._apply = jax.jit(self._apply_gradient, donate_argnums=0, out_shardings=self.replicated)
-        shapes = jax.eval_shape(self._make_state, 0).params
+        state = jax.eval_shape(self._make_state, 0)
+        self.placement = (
+            param_shardings(state, self.mesh, ARCH, DATA)
+            if shard
+            else jax.tree.map(lambda _: self.replicated, state)
+        )
+        self._init = jax.jit(self._make_state, out_shardings=self.placement)
+        self._whole = jax.jit(lambda tree: tree, out_shardings=self.replicated)
+        self._apply = jax.jit(
+            self._apply_gradient, donate_argnums=0, out_shardings=(self.placement, self.replicated)
+        )
+        shapes = state.params
         self._tiles = TilePrograms(ghn, self.engine, shapes, norm_penalty)
         self._zeros = jax.jit(
             lambda n: (
@@ -130,6 +143,15 @@ class MetaStep:
     def _make_state(self, seed) -> TrainState:
         params = self.ghn.init_variables(seed)["params"]
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def place(self, state: TrainState) -> TrainState:
+        """A state that is whole on every device, as updates take it."""
+        return jax.jit(lambda tree: tree, out_shardings=self.placement)(state)
+
+    def whole(self, tree: Any) -> Any:
+        """A state, or a part of it, whole on every device."""
+        whole = all(x.is_fully_replicated for x in jax.tree.leaves(tree))
+        return tree if whole else self._whole(tree)
 
     def close(self) -> None:
         """Compiles nothing more."""
@@ -334,7 +356,7 @@ class MetaStep:
         """
         self.engine.programs.make_room()
         images, labels = jax.device_put((images, labels), self.engine.split)
-        params, step = self._local((state.params, state.step))
+        params, step = self._local(self.whole((state.params, state.step)))
         totals, gradient = self.gradient(params, update, images, labels, step)
         total = functools.reduce(jnp.add, totals)
         asks = np.array([request == SAVE, request == STOP], np.float32)
