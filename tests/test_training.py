@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 from definition import unit_by_unit
+from jax.flatten_util import ravel_pytree
 
 from ghn_jax.cli import train
 from ghn_jax.data.images import load_images, train_batches
@@ -228,6 +229,23 @@ def test_parameters_that_would_not_be_finite_are_not_taken(sgd, batch):
     jax.tree.map(np.testing.assert_array_equal, before, after.params)
 
 
+def test_the_average_of_parameters(sgd):
+    """The mean of all parameters after updates, until a decay is reached; bad ones do not count."""
+    step = MetaStep(GHN_, optax.sgd(1.0), average=0.6)
+    state, size = step.init(0), sum(x.size for x in jax.tree.leaves(step.init(0).params))
+    start = ravel_pytree(state.params)[0]
+    found = []
+    for gradient in (-1.0, -1.0, np.nan, -1.0, -4.0):
+        state, _ = step._apply(
+            state, jnp.ones((1, 2)), jnp.full((1, size), gradient), jnp.zeros((1, 2))
+        )
+        found.append(float((ravel_pytree(state.trained)[0] - start).mean()))
+    step.close()
+    # Parameters are 1, 2, 2, 3, 7 above the start.
+    expected = [1, 1.5, 0.6 * 1.5 + 0.8, 0.6 * 1.7 + 1.2, 0.6 * 2.22 + 2.8]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_what_a_process_asks_for_comes_out_of_the_update(sgd, batch):
     prepared, state = sgd.prepare(meta_batch(ARCHITECTURES[:2]), BATCH), sgd.init(0)
     for request in (STOP, SAVE, NOTHING):
@@ -352,7 +370,7 @@ def test_large_meta_batches_are_passed_over():
 
 
 def config(out, tmp_path, **changes):
-    options = {"batch_size": BATCH, "meta_batch": 2, "save_every": 2, **changes}
+    options = {"batch_size": BATCH, "meta_batch": 2, "save_every": 2, "average": 0.5, **changes}
     return preset("demo").replace(out=out, cache_dir=tmp_path / "cache", **options)
 
 
@@ -564,6 +582,7 @@ def test_a_folder_belongs_to_one_process(tmp_path):
         ("weight_decay", (-1e-9, np.nan, np.inf), "allowed: 0 or more"),
         ("norm_penalty", (-1, np.nan), "allowed: 0 or more"),
         ("label_smoothing", (-0.1, 1.0, np.nan), "allowed: 0 to below 1"),
+        ("average", (-0.1, 1.0, np.nan), "allowed: 0 to below 1"),
     ],
 )
 def test_numbers_that_no_training_works_with(option, values, message, tmp_path):

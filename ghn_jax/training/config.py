@@ -105,6 +105,7 @@ class OptimiserConfig:
     decay_epochs: tuple[int, ...] = (200, 250)  # epochs at which the learning rate falls (steps)
     decay: float = 0.1  # factor by which it falls
     label_smoothing: float = 0.0  # 0.1 for ImageNet in the paper
+    average: float = 0.0  # decay of the parameters' moving average, which is what is saved
     norm_penalty: float = 0.0  # weight of the sum of predicted tensors' norms in the loss
 
     def make(self, steps_per_epoch: int, total: int) -> optax.GradientTransformation:

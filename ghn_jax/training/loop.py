@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from ghn_jax.data.images import Images, prefetch, steps_per_epoch, train_batches
@@ -106,8 +107,9 @@ def _check_ranges(config: TrainConfig) -> None:
             f"--warmup-epochs is {o.warmup_epochs}, but --schedule {o.schedule} has no warm-up; "
             "allowed: 0, or --schedule cosine"
         )
-    if not 0 <= o.label_smoothing < 1:
-        raise ValueError(f"--label-smoothing is {o.label_smoothing}; allowed: 0 to below 1")
+    for name, value in {"label_smoothing": o.label_smoothing, "average": o.average}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 0 to below 1")
 
 
 def _check_size(ghn: GHN) -> None:
@@ -172,6 +174,7 @@ def setup(config: TrainConfig, images: Images) -> Run:
         mesh=mesh,
         smoothing=config.optimiser.label_smoothing,
         norm_penalty=config.optimiser.norm_penalty,
+        average=config.optimiser.average,
         seed=config.run.seed,
         workers=config.run.workers if shared else 1,
         dtype=config.run.dtype,
@@ -180,7 +183,8 @@ def setup(config: TrainConfig, images: Images) -> Run:
     state, position = step.init(config.run.seed), 0
     if trained is not None:
         params = jax.device_put(trained["params"], step.replicated)
-        state = step.place(step.whole(state)._replace(params=params))
+        average = None if state.average is None else jax.tree.map(jnp.copy, params)  # both donated
+        state = step.place(step.whole(state)._replace(params=params, average=average))
     if config.run.resume:
         state, position = _load(checkpoints, step, state)
     if first and (config.run.override or not config.run.resume):
@@ -197,11 +201,23 @@ def setup(config: TrainConfig, images: Images) -> Run:
     return Run(config, step, state, int(state.step), total, position, stream, checkpoints)
 
 
+def _trees(state: TrainState) -> dict[str, Any]:
+    """A state as the trees of a checkpoint: what predicts, and what training goes on with."""
+    training = (state.opt_state, state.step)
+    if state.average is not None:
+        training += (state.params,)
+    return {"params": state.trained, "training": training}
+
+
 def _load(checkpoints: Checkpoints, step: MetaStep, like: TrainState) -> tuple[TrainState, int]:
     """The state of the last checkpoint, and its position in the stream of architectures."""
-    trees = {"params": like.params, "training": (like.opt_state, like.step)}
-    _, position, trees = checkpoints.load(step.replicated, **trees)
-    return step.place(TrainState(trees["params"], *trees["training"])), position
+    _, position, trees = checkpoints.load(step.replicated, **_trees(like))
+    opt_state, count, *params = trees["training"]
+    if params:
+        state = TrainState(params[0], opt_state, count, average=trees["params"])
+    else:
+        state = TrainState(trees["params"], opt_state, count)
+    return step.place(state), position
 
 
 def _write_config(
@@ -411,11 +427,8 @@ def _make_updates(
                 raise NotFinite(bad, update.batch.position)
             # A state that makes no finite updates takes no good one's place.
             if (due or asked) and not bad:
-                whole = run.step.whole(state)
-                run.checkpoints.save(
-                    step, update.batch.position,
-                    params=whole.params, training=(whole.opt_state, whole.step),
-                )  # fmt: skip
+                trees = _trees(run.step.whole(state))
+                run.checkpoints.save(step, update.batch.position, **trees)
                 due, saved = False, time.monotonic()
                 asked = NOTHING if asked == SAVE else asked
             if asked == STOP:

@@ -36,11 +36,24 @@ from ghn_jax.training.stopping import NOTHING, SAVE, STOP
 
 
 class TrainState(NamedTuple):
-    """What training changes: parameters, optimizer state, () int32 number of updates."""
+    """What training changes.
+
+    Attributes:
+      params: of the hypernetwork.
+      opt_state: of the optimizer.
+      step: () int32, updates so far.
+      average: parameters' moving average, None where nobody wants one.
+    """
 
     params: Any
     opt_state: Any
     step: jax.Array
+    average: Any = None
+
+    @property
+    def trained(self) -> Any:
+        """The parameters to use: their average where there is one."""
+        return self.params if self.average is None else self.average
 
 
 class Metrics(NamedTuple):
@@ -84,6 +97,7 @@ class MetaStep:
       smoothing: label smoothing.
       norm_penalty: weight of the sum of the norms of each network's predicted tensors; it is in the
         gradient, not in the metrics' loss. 0 but for GHN-3 and LoGAH.
+      average: decay of a moving average of the parameters, at first their mean; 0 for none.
       seed: of the dropout in networks with two fully connected layers.
       workers: networks that run at once; more than one where a CPU is one device.
       dtype: that networks compute in; see `engine.Engine`.
@@ -100,6 +114,7 @@ class MetaStep:
         mesh: Mesh | None = None,
         smoothing: float = 0.0,
         norm_penalty: float = 0.0,
+        average: float = 0.0,
         seed: int = 0,
         workers: int = 1,
         dtype=jnp.float32,
@@ -107,6 +122,7 @@ class MetaStep:
         programs: Programs | None = None,
     ):
         self.ghn, self.optimizer, self.smoothing = ghn, optimizer, smoothing
+        self.average = average
         self.mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
         self.replicated = NamedSharding(self.mesh, P())
         here = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
@@ -142,7 +158,8 @@ class MetaStep:
 
     def _make_state(self, seed) -> TrainState:
         params = self.ghn.init_variables(seed)["params"]
-        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+        average = params if self.average else None
+        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32), average)
 
     def place(self, state: TrainState) -> TrainState:
         """A state that is whole on every device, as updates take it."""
@@ -329,10 +346,15 @@ class MetaStep:
             (params, opt_state),
             (state.params, state.opt_state),
         )
+        average = state.average
+        if average is not None:
+            # As long as there are few, all updates count alike.
+            decay = jnp.minimum(self.average, state.step / (state.step + 1))
+            average = jax.tree.map(lambda a, p: p + decay * (a - p), average, params)
         save, stop = requests.sum(0) > 0
         request = jnp.where(stop, STOP, jnp.where(save, SAVE, NOTHING))
         metrics = Metrics(loss, top1, norm, finite, request)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1, average), metrics
 
     def __call__(
         self,
