@@ -23,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from ghn_jax.deepnets1m.architecture import VIT, Architecture, Genotype
+from ghn_jax.engine.engine import Engine
 from ghn_jax.hypernet import graphormer
 from ghn_jax.hypernet.checkpoint import load_ghn, save_ghn
 from ghn_jax.hypernet.ghn import GHN, free_decoder
@@ -486,7 +487,7 @@ def test_embeddings_and_parameters(golden, name, monkeypatch):
                  if e["file"] == f"{name}.npz")  # fmt: skip
     file = {k: v for k, v in np.load(golden / entry["file"]).items() if k != "logits"}
     ghn, variables = load_torch_ghn(golden / f"random_{entry['ghn']}.safetensors")
-    report = parity.Report(name, parity.check_network(entry, file, ghn, variables, None))
+    report = parity.Report(name, parity.check_network(entry, file, ghn, variables, None, Engine()))
     assert report.passed, report
     assert report.errors["embedding"] < 1e-5
     layers = golden / f"{name}_layers.npz"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ghn_jax.cli.parity import main
+from ghn_jax.engine.engine import Engine
 from ghn_jax.interop import parity
 from ghn_jax.interop.parity import Report, check_folder, check_network, relative_error
 from ghn_jax.interop.torch_ghn import load_torch_ghn
@@ -67,7 +68,7 @@ def test_a_spoiled_tensor_is_found(network, kind, spoil):
     entry, file, model, images = network
     file = {k: v.copy() for k, v in file.items() if k != "logits"}
     spoil(file)
-    report = Report("spoiled", check_network(entry, file, *model, images))
+    report = Report("spoiled", check_network(entry, file, *model, images, Engine()))
     assert not report.passed
     assert report.errors[kind] > parity.TOLERANCES[kind]
     assert str(report).startswith("FAIL spoiled")
@@ -76,7 +77,7 @@ def test_a_spoiled_tensor_is_found(network, kind, spoil):
 def test_spoiled_logits_are_found(network):
     entry, file, model, images = network
     file = {**file, "logits": file["logits"] * 1.01}
-    errors = check_network(entry, file, *model, images)
+    errors = check_network(entry, file, *model, images, Engine())
     assert errors["logits"] > parity.TOLERANCES["logits"]
     assert errors["parameters"] < parity.TOLERANCES["parameters"]
 

@@ -29,6 +29,8 @@ from ghn_jax.deepnets1m.counts import count_parameters
 from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph, build_graph
 from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.engine.compilation import single_run_options
+from ghn_jax.engine.engine import Engine, weights_of
+from ghn_jax.engine.plan import make_plan
 from ghn_jax.evaluation.batch_statistics import apply_on_batch
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.interop import parity_ghn3
@@ -97,14 +99,17 @@ class _Candidate(NamedTuple):
     logits: Callable[[jax.Array], jax.Array]
 
 
-def _built(ghn: GHN, variables, arch: Architecture, size: int) -> _Candidate:
+def _built(ghn: GHN, variables, arch: Architecture, size: int, engine: Engine) -> _Candidate:
     """A network of the design space, whose graph is built without tracing it."""
     graph = ghn.graph(arch, image_size=size)
-    network = build_network(arch, ghn.num_classes, size)
     params = ghn.predict(variables, graph)
-    return _Candidate(
-        graph, to_torch(params, graph), lambda x: network.apply({"params": params}, x)
-    )
+    plan = make_plan(build_network(arch, ghn.num_classes, size).wiring())
+
+    def logits(images):
+        ready = engine.prepare(plan, len(images), gradient=False)
+        return engine.forward(ready, weights_of(plan, params), images)[0]
+
+    return _Candidate(graph, to_torch(params, graph), logits)
 
 
 def _traced(ghn: GHN, variables, name: str, size: int) -> _Candidate:
@@ -115,10 +120,11 @@ def _traced(ghn: GHN, variables, name: str, size: int) -> _Candidate:
     sample = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     predicted, _ = predict_model(ghn, variables, model, sample, strict=True)
     params = {"params": predicted["params"]}
+    logits = jax.jit(
+        lambda x: apply_on_batch(model, predicted, x), compiler_options=single_run_options()
+    )
     return _Candidate(
-        model_graph(model, sample, ghn.virtual_edges),
-        to_torch(params, model),
-        lambda x: apply_on_batch(model, predicted, x),
+        model_graph(model, sample, ghn.virtual_edges), to_torch(params, model), logits
     )
 
 
@@ -146,13 +152,15 @@ def _parameter_error(params: Mapping[str, np.ndarray], shapes: Mapping, file: Ma
     return max(errors)
 
 
-def check_network(entry: Mapping, file: Mapping, ghn: GHN, variables, images) -> dict[str, float]:
+def check_network(
+    entry: Mapping, file: Mapping, ghn: GHN, variables, images, engine: Engine
+) -> dict[str, float]:
     """Errors of one network: graph, embedding, parameters and logits."""
     net, size = entry["net"], 224 if entry.get("imagenet") else 32
     if "torchvision" in net:
         candidate = _traced(ghn, variables, net["torchvision"], size)
     else:
-        candidate = _built(ghn, variables, Architecture.from_dict(net), size)
+        candidate = _built(ghn, variables, Architecture.from_dict(net), size, engine)
     graph = candidate.graph
     wrong, order = match_nodes(entry, file, graph)
     errors = {"graph": float(wrong)}
@@ -163,8 +171,7 @@ def check_network(entry: Mapping, file: Mapping, ghn: GHN, variables, images) ->
     count = sum(x.size for x in candidate.tensors.values())
     errors["count"] = float(abs(count - entry.get("num_params", count)))
     if "logits" in file:
-        logits = jax.jit(candidate.logits, compiler_options=single_run_options())(images)
-        errors["logits"] = relative_error(logits, file["logits"])
+        errors["logits"] = relative_error(candidate.logits(images), file["logits"])
     return errors
 
 
@@ -305,7 +312,7 @@ def check_folder(folder: Path) -> Iterator[Report]:
         )
     entries = json.loads(index.read_text()) if index.is_file() else []
     found = [p for p in (folder, *sorted(folder.parent.glob("*"))) if (p / "images.npy").is_file()]
-    images = None
+    images, engine = None, Engine()
     if found:
         images = jnp.asarray(np.load(found[0] / "images.npy").transpose(0, 2, 3, 1))
     loaded: dict[str, tuple] = {}
@@ -321,7 +328,7 @@ def check_folder(folder: Path) -> Iterator[Report]:
 
         def network(entry=entry):
             with np.load(folder / entry["file"]) as file:
-                return check_network(entry, dict(file), *ghn(entry["ghn"]), images)
+                return check_network(entry, dict(file), *ghn(entry["ghn"]), images, engine)
 
         yield _guarded(entry["file"], network)
     for name, check in parity_ghn3.checks(folder, entries, ghn, images):
