@@ -9,17 +9,20 @@ import pytest
 from ghn_jax.cli.parity import main
 from ghn_jax.engine.engine import Engine
 from ghn_jax.interop import parity
-from ghn_jax.interop.parity import Report, check_folder, check_network, relative_error
+from ghn_jax.interop.parity import Report, check_network, relative_error
 from ghn_jax.interop.torch_ghn import load_torch_ghn
 
 
 def test_everything_the_authors_computed(shared):
-    reports = list(check_folder(shared / "golden"))
+    # The definition's gradient takes minutes to compile; `test_training.py` has the engine's, which
+    # is here, equal to it.
+    checks = [pair for pair in parity.checks(shared / "golden") if "(definition)" not in pair[0]]
+    reports = [parity.report(*pair) for pair in checks]
     print("\n".join(map(str, reports)))
     assert all(r.passed for r in reports)
     kinds = {kind for r in reports for kind in r.errors}
     assert kinds >= set(parity.TOLERANCES) - {"states", "loss"}  # of later hypernetworks
-    assert len(reports) >= 36
+    assert len(reports) >= 35
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ is checked. A report for each file has the worst relative error of each kind,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -290,16 +291,8 @@ def check_nets(path: Path, split: str) -> dict[str, float]:
 # --- A folder -------------------------------------------------------------------------------------
 
 
-def _guarded(name: str, check, *args) -> Report:
-    """The report of one check; what cannot be checked is reported, not raised."""
-    try:
-        return Report(name, check(*args))
-    except (ValueError, KeyError, OSError) as error:
-        return Report(name, problem=f"not checked: {error}")
-
-
-def check_folder(folder: Path) -> Iterator[Report]:
-    """Checks whatever a folder holds, file by file.
+def checks(folder: Path) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+    """What there is to check in a folder: name -> the errors of each kind.
 
     Raises:
       FileNotFoundError: there is nothing to check.
@@ -324,28 +317,39 @@ def check_folder(folder: Path) -> Iterator[Report]:
             loaded[name] = load_torch_ghn(there[0] if there else folder / names[0])
         return loaded[name]
 
+    def network(entry):
+        with np.load(folder / entry["file"]) as file:
+            return check_network(entry, dict(file), *ghn(entry["ghn"]), images, engine)
+
+    def gradient(path, nets, make_step):
+        with np.load(path) as file:
+            model = ghn(path.stem.removeprefix("gradient_"))
+            return check_gradient(dict(file), nets, *model, images, make_step)
+
     for entry in entries:
-
-        def network(entry=entry):
-            with np.load(folder / entry["file"]) as file:
-                return check_network(entry, dict(file), *ghn(entry["ghn"]), images, engine)
-
-        yield _guarded(entry["file"], network)
-    for name, check in parity_ghn3.checks(folder, entries, ghn, images):
-        yield _guarded(name, check)
+        yield entry["file"], functools.partial(network, entry)
+    yield from parity_ghn3.checks(folder, entries, ghn, images)
     for path in sorted(folder.glob("gradient_*.npz")):
         beside = path.with_name(path.stem + "_nets.json")
         if not beside.is_file():
             continue  # one of `parity_ghn3`
         nets = json.loads(beside.read_text())
-        for way, make_step in (("engine", _engine_step), ("definition", _definition_step)):
-
-            def gradient(path=path, nets=nets, make_step=make_step):
-                with np.load(path) as file:
-                    model = ghn(path.stem.removeprefix("gradient_"))
-                    return check_gradient(dict(file), nets, *model, images, make_step)
-
-            yield _guarded(f"{path.name} ({way})", gradient)
+        for way, step in (("engine", _engine_step), ("definition", _definition_step)):
+            yield f"{path.name} ({way})", functools.partial(gradient, path, nets, step)
     for path in files:
         for split in json.loads(path.with_name(path.stem + "_meta.json").read_text()):
-            yield _guarded(f"{path.name}[{split}]", check_nets, path, split)
+            yield f"{path.name}[{split}]", functools.partial(check_nets, path, split)
+
+
+def report(name: str, check: Callable[[], dict[str, float]]) -> Report:
+    """The report of one check; what cannot be checked is reported, not raised."""
+    try:
+        return Report(name, check())
+    except (ValueError, KeyError, OSError) as error:
+        return Report(name, problem=f"not checked: {error}")
+
+
+def check_folder(folder: Path) -> Iterator[Report]:
+    """Checks whatever a folder holds, file by file; see `checks`."""
+    for name, check in checks(folder):
+        yield report(name, check)
