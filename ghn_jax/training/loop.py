@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ghn_jax.data.images import Images, prefetch, steps_per_epoch, train_batches
 from ghn_jax.engine.compilation import CompilationCounter
+from ghn_jax.engine.programs import Programs
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.hypernet.ghn import GHN, count_parameters
 from ghn_jax.training.architectures import architecture_source
@@ -147,7 +148,7 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
 
 
-def setup(config: TrainConfig, images: Images) -> Run:
+def setup(config: TrainConfig, images: Images, programs: Programs | None = None) -> Run:
     """Makes a new run, or loads its last checkpoint; writes `config.json` of a new one."""
     source = architecture_source(config, images.image_size)
     first = jax.process_index() == 0
@@ -179,6 +180,7 @@ def setup(config: TrainConfig, images: Images) -> Run:
         workers=config.run.workers if shared else 1,
         dtype=config.run.dtype,
         shard=mesh.size > 1 and count_parameters(ghn) >= SHARD_FROM,
+        programs=programs,
     )
     state, position = step.init(config.run.seed), 0
     if trained is not None:
@@ -344,8 +346,14 @@ class NotFinite(Exception):
         self.updates, self.position = updates, position
 
 
-def train(config: TrainConfig, images: Images) -> None:
+def train(config: TrainConfig, images: Images, programs: Programs | None = None) -> None:
     """Makes a run's updates; the first process writes metrics, all of them checkpoints.
+
+    Args:
+      config: its options.
+      images: to train on.
+      programs: of runs before, so that what they share is not compiled again; whoever gives them
+        closes them.
 
     Raises:
       Stopped: a signal came; what was done is saved.
@@ -357,7 +365,7 @@ def train(config: TrainConfig, images: Images) -> None:
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(lock(config.run.out))
-        run, compilations = setup(config, images), CompilationCounter()
+        run, compilations = setup(config, images, programs), CompilationCounter()
         stack.enter_context(closing(run.step))
         stack.enter_context(run.checkpoints)
         listener = stack.enter_context(Listener())

@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ghn_jax.deepnets1m.evaluation_sets import EVALUATION_SIZES, evaluation_set
 from ghn_jax.deepnets1m.graph import build_graph
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.statistics import statistics, table
+from ghn_jax.engine.programs import Programs
 from ghn_jax.evaluation.experiments.records import write_beside
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.training.config import TrainConfig, preset
@@ -182,8 +184,9 @@ def _hypernetworks(config: Config) -> tuple[Path, ...]:
     configs = [_training(name, config) for name in HYPERNETWORKS]
     for training in configs:
         check(training)
-    for training in configs:
-        train(training, load_images(training.data.dataset, "train"))
+    with closing(Programs()) as programs:
+        for training in configs:
+            train(training, load_images(training.data.dataset, "train"), programs)
     from ghn_jax.plot.charts import training_curve  # matplotlib is of an extra
 
     for training in configs:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
 from ghn_jax.data.images import load_images
+from ghn_jax.engine.programs import Programs
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.training.config import TrainConfig, preset
@@ -45,8 +47,8 @@ class Config:
 
 
 def quick() -> Config:
-    """The demonstration's hypernetwork, 20 updates of 4 and 80 of one: minutes on two cores."""
-    return Config(preset="demo", meta_batches=(1, 4), steps=20, dataset="digits",
+    """The demonstration's hypernetwork, 150 updates of 4 and 600 of one: minutes on two cores."""
+    return Config(preset="demo", meta_batches=(1, 4), steps=150, dataset="digits",
                   out=Path("runs/quick/meta_batches"))  # fmt: skip
 
 
@@ -88,11 +90,12 @@ def _train(config: Config) -> tuple[Path, ...]:
         images = load_images(
             config.dataset, "train", data_dir=config.data_dir, image_size=config.image_size
         )
-        for options in todo:
-            print(f"training with meta-batches of {options.space.meta_batch}")
-            train(options, images)
-            folder = options.run.out
-            records.add({"name": folder.name, **describe_run(*read_run(folder))})
+        with closing(Programs()) as programs:
+            for options in todo:
+                print(f"training with meta-batches of {options.space.meta_batch}")
+                train(options, images, programs)
+                folder = options.run.out
+                records.add({"name": folder.name, **describe_run(*read_run(folder))})
     return tuple(options.run.out for options in made)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from ghn_jax.data.images import Images
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.engine.engine import Engine
+from ghn_jax.engine.programs import Programs
 from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
 from ghn_jax.evaluation.networks import Named, of_split
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
@@ -24,8 +25,8 @@ IN_DISTRIBUTION = ("test", UNSEEN)
 _OUT_OF_DISTRIBUTION = ("wide", "deep", "dense", "bnfree", UNSEEN_BNFREE)
 
 
-def train_ghn(config: TrainConfig, images: Images) -> dict:
-    """Trains a hypernetwork, or goes on with what there is in its folder.
+def train_ghn(config: TrainConfig, images: Images, programs: Programs) -> dict:
+    """Trains a hypernetwork, or goes on with what there is in its folder; see `loop.train`.
 
     Returns:
       Its number of `parameters`, and of its training: `steps`, `seconds` (median of an update, in
@@ -39,7 +40,7 @@ def train_ghn(config: TrainConfig, images: Images) -> dict:
     if latest is None or latest < (config.data.steps or np.inf):
         config = config.replace(resume=latest is not None)
         check(config)
-        train(config, images)
+        train(config, images, programs)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     updates = [json.loads(line) for line in lines]
     return {

@@ -52,7 +52,7 @@ class Config:
 
 def quick() -> Config:
     """Small networks on digits: minutes on two cores."""
-    return Config(counts=(1, 10, 100), preset="demo", dataset="digits", steps=40, unseen=5,
+    return Config(counts=(1, 10, 100), preset="demo", dataset="digits", steps=200, unseen=5,
                   out=Path("runs/quick/training_architectures"))  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def run(config: Config) -> list[dict]:
         name, how = f"{count} architectures, {size} in an update", training(config, count, size)
         bar.set_postfix_str(name)
         if name not in records:
-            trained = train_ghn(how, images)
+            trained = train_ghn(how, images, engine.programs)
             records.add({"name": name, "count": count, "meta_batch": size, **trained})
 
         def report(record: dict, name=name):
