@@ -349,7 +349,7 @@ def test_noise_is_around_the_trend():
 def test_runs_are_made_and_gone_on_with(tmp_path, monkeypatch):
     made = []
 
-    def train(config, images):
+    def train(config, images, programs):
         made.append(config)
         if len(made) == 2:  # after a checkpoint
             checkpoints = Checkpoints(config.run.out)
@@ -365,7 +365,7 @@ def test_runs_are_made_and_gone_on_with(tmp_path, monkeypatch):
         paper.main(arguments)
     paper.main(arguments)
     assert [c.space.meta_batch for c in made] == [1, 4, 4]
-    assert [c.data.steps for c in made] == [80, 20, 20]
+    assert [c.data.steps for c in made] == [600, 150, 150]
     assert [c.run.resume for c in made] == [False, False, True]
     # The learning rate falls at the same share of each run.
     shares = {c.optimiser.decay_epochs[0] / c.data.epochs for c in made}
