@@ -26,6 +26,12 @@ from ghn_jax import zoo
 
 PATH = Path(__file__).parent / "data" / "torchvision.json.xz"
 IMAGENET, CIFAR10, LARGER = (1000, 224), (10, 32), (10, 128)  # classes, pixels
+# One of each family and of each kind of block.
+FAMILIES = [
+    *("resnet18", "resnet50", "vgg11_bn", "alexnet", "googlenet", "mobilenet_v2"),
+    *("mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x0_5", "densenet121", "squeezenet1_1"),
+    *("efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16", "swin_t"),
+]
 # Heads and features of vision transformers, and what timm calls them; torchvision has no small one.
 VITS = {"vit_b_16": (12, 768), "vit_s_16": (6, 384)}
 TIMM_VITS = {"vit_b_16": "vit_base_patch16_224", "vit_s_16": "vit_small_patch16_224"}

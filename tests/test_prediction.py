@@ -3,6 +3,7 @@
 import json
 
 import flax.linen as nn
+import freeze_torchvision as frozen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,14 +71,7 @@ def test_design_space_networks_get_what_the_hypernetwork_predicts(ghn):
     assert report.nodes == len(model.graph(arch))
 
 
-# Of the layers of another one, in other numbers; `test_tracing.py` has them.
-SIBLINGS = {
-    *("resnext50_32x4d", "mobilenet_v3_large", "mnasnet1_0", "shufflenet_v2_x1_0", "regnet_y_8gf"),
-    *("convnext_small", "vit_s_16"),
-}
-
-
-@pytest.mark.parametrize("name", sorted(ghn_jax.zoo.MODELS.keys() - SIBLINGS))
+@pytest.mark.parametrize("name", frozen.FAMILIES)
 def test_zoo(name, ghn):
     """Shapes only: nothing is compiled, and the largest have half a gigabyte of parameters."""
     hypernetwork, ghn_variables = ghn

@@ -49,12 +49,6 @@ COUNTS = {
     "vit_b_16": (86_567_656, 85_152_010),
     "swin_t": (28_288_354, 27_527_044),
 }
-# One of each family and of each kind of block.
-FAMILIES = [
-    *("resnet18", "resnet50", "vgg11_bn", "alexnet", "googlenet", "mobilenet_v2"),
-    *("mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x0_5", "densenet121", "squeezenet1_1"),
-    *("efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16", "swin_t"),
-]
 SIZES = {"imagenet": frozen.IMAGENET, "cifar10": frozen.CIFAR10}
 
 every_model = pytest.mark.parametrize("name", zoo.MODELS)
@@ -133,7 +127,7 @@ def test_names_follow_from_paths_by_the_rule_of_all_networks(name):
         assert parameter_path(official) == modules
 
 
-@every_model
+@pytest.mark.parametrize("name", frozen.FAMILIES)
 def test_training_and_settings_of_norm_layers(name):
     model, found = zoo.MODELS[name](*frozen.CIFAR10), {}
 
@@ -158,7 +152,8 @@ def test_training_and_settings_of_norm_layers(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [*((name, frozen.CIFAR10) for name in FAMILIES), ("resnet18", frozen.LARGER)]
+    ("name", "size"),
+    [*((name, frozen.CIFAR10) for name in frozen.FAMILIES), ("resnet18", frozen.LARGER)],
 )
 def test_logits_are_torchvisions(name, size):
     model = zoo.MODELS[name](*size)

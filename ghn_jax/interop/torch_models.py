@@ -131,7 +131,7 @@ def abstract_variables(model: Model) -> dict:
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def tensors(model: Model) -> tuple[Tensor, ...]:
     """All tensors of a model's state dict but its `buffers`.
 
@@ -265,8 +265,10 @@ def from_torch(arrays: Mapping[str, np.ndarray], model: Model) -> dict:
             raise ValueError(f"{t.name} is {array.shape}, expected {t.shape}")
         parts = np.split(array, len(t.paths))
         for path, shape, part in zip(t.paths, t.shapes, parts, strict=True):
-            leaves[path] = jnp.asarray(_leaf_from_torch(path[-1], part, shape))
-    return unflatten_dict(leaves)
+            # Of its own: PyTorch may write to what it gave. Not `jnp.asarray`, which compiles a
+            # program for each shape.
+            leaves[path] = np.array(_leaf_from_torch(path[-1], part, shape), order="C")
+    return jax.device_put(unflatten_dict(leaves))
 
 
 def timm_name(name: str) -> str:
