@@ -244,6 +244,8 @@ def test_what_flax_has_none_of():
     assert rows.dtype == np.int64
     # From (6, 1) to (2, 4): four up and three to the right, in a table of 13 x 13.
     assert rows[6, 1, 2, 4] == (6 + 4) * 13 + 6 - 3
+    table = variables["params"]["features_1_0"]["attn"]["relative_position_bias_table"]
+    np.testing.assert_array_equal(arrays[name.replace("index", "bias_table")], table)
     same(ghn_jax.from_torch({n: x for n, x in arrays.items() if n != name}, model), variables)
     with pytest.raises(ValueError, match=f"{name} is not that of SwinTransformer; allowed"):
         ghn_jax.from_torch({**arrays, name: arrays[name][::-1]}, model)
