@@ -18,8 +18,7 @@ import ghn_jax
 from ghn_jax import zoo
 from ghn_jax.deepnets1m.names import parameter_path
 from ghn_jax.interop import torch_models
-from ghn_jax.zoo.squeezenet import max_pool
-from ghn_jax.zoo.vgg import adaptive_avg_pool
+from ghn_jax.zoo.pooling import adaptive_avg_pool, max_pool
 
 # Parameters for 1000 classes and 224 pixels, and for 10 and 32.
 COUNTS = {
@@ -28,16 +27,28 @@ COUNTS = {
     "resnet50": (25_557_032, 23_520_842),
     "resnet101": (44_549_160, 42_512_970),
     "wide_resnet50_2": (68_883_240, 66_847_050),
+    "resnext50_32x4d": (25_028_904, 22_992_714),
     "vgg11_bn": (132_868_840, 128_812_810),
+    "alexnet": (61_100_840, 57_044_810),
+    "googlenet": (6_624_904, 5_610_154),
     "mobilenet_v2": (3_504_872, 2_236_682),
+    "mobilenet_v3_small": (2_542_856, 1_528_106),
+    "mobilenet_v3_large": (5_483_032, 4_214_842),
+    "mnasnet0_5": (2_218_512, 950_322),
+    "mnasnet1_0": (4_383_312, 3_115_122),
+    "shufflenet_v2_x0_5": (1_366_792, 352_042),
+    "shufflenet_v2_x1_0": (2_278_604, 1_263_854),
     "densenet121": (7_978_856, 6_956_426),
     "squeezenet1_1": (1_235_496, 727_626),
     "efficientnet_b0": (5_288_548, 4_020_358),
+    "regnet_y_400mf": (4_344_144, 3_907_554),
+    "regnet_y_8gf": (39_381_472, 37_384_642),
     "convnext_tiny": (28_589_128, 27_827_818),
+    "convnext_small": (50_223_688, 49_462_378),
+    "vit_s_16": (22_050_664, 21_342_346),
     "vit_b_16": (86_567_656, 85_152_010),
+    "swin_t": (28_288_354, 27_527_044),
 }
-# One of each family and of each kind of block.
-FAMILIES = [name for name in COUNTS if name not in ("resnet34", "resnet101", "wide_resnet50_2")]
 SIZES = {"imagenet": frozen.IMAGENET, "cifar10": frozen.CIFAR10}
 
 every_model = pytest.mark.parametrize("name", zoo.MODELS)
@@ -66,7 +77,7 @@ def same(a, b):
 
 def test_every_model_has_an_entry():
     public = {n for n in zoo.__all__ if inspect.isfunction(getattr(zoo, n))}
-    assert public == set(zoo.MODELS) == set(COUNTS) == set(expected()) - {"version", "timm"}
+    assert public == set(zoo.MODELS) == set(COUNTS) == set(expected()) - {"timm"}
 
 
 @every_model
@@ -82,10 +93,10 @@ def frozen_shapes(name, size):
 
 @every_model
 def test_names_and_shapes_of_imagenets_are_torchvisions(name):
-    want = frozen_shapes(name, "imagenet")
-    counters = {n: () for n in want if n.endswith("num_batches_tracked")}
-    tensors = torch_models.tensors(zoo.MODELS[name](*frozen.IMAGENET))
-    assert {t.name: t.shape for t in tensors} | counters == want
+    model = zoo.MODELS[name](*frozen.IMAGENET)
+    buffers = {n: x.shape for n, x in torch_models.buffers(model).items()}
+    tensors = {t.name: t.shape for t in torch_models.tensors(model)}
+    assert tensors | buffers == frozen_shapes(name, "imagenet")
 
 
 @every_model
@@ -116,7 +127,7 @@ def test_names_follow_from_paths_by_the_rule_of_all_networks(name):
         assert parameter_path(official) == modules
 
 
-@every_model
+@pytest.mark.parametrize("name", frozen.FAMILIES)
 def test_training_and_settings_of_norm_layers(name):
     model, found = zoo.MODELS[name](*frozen.CIFAR10), {}
 
@@ -141,7 +152,8 @@ def test_training_and_settings_of_norm_layers(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [*((name, frozen.CIFAR10) for name in FAMILIES), ("resnet18", frozen.LARGER)]
+    ("name", "size"),
+    [*((name, frozen.CIFAR10) for name in frozen.FAMILIES), ("resnet18", frozen.LARGER)],
 )
 def test_logits_are_torchvisions(name, size):
     model = zoo.MODELS[name](*size)
@@ -171,11 +183,12 @@ def test_layouts_are_pytorchs():
     assert arrays[at + "out_proj.weight"][3, row] == attention["out"]["kernel"][2, 9, 3]
 
 
-def test_names_of_timm():
-    model = zoo.vit_b_16(1000, 224)
+@pytest.mark.parametrize("name", frozen.TIMM_VITS)
+def test_names_of_timm(name):
+    model = zoo.MODELS[name](*frozen.IMAGENET)
     variables = count_up(model)
     arrays = torch_models.to_timm(variables, model)
-    assert {n: list(x.shape) for n, x in arrays.items()} == expected()["timm"]
+    assert {n: list(x.shape) for n, x in arrays.items()} == expected()["timm"][name]
     same(torch_models.from_timm(arrays, model), variables)
     official = ghn_jax.to_torch(variables, model)
     np.testing.assert_array_equal(
@@ -221,6 +234,28 @@ def test_variables_of_another_model():
         ghn_jax.from_torch(half, zoo.mobilenet_v2())
 
 
+def test_what_flax_has_none_of():
+    """Places of relative positions are given and checked; auxiliary heads are an error."""
+    model = zoo.swin_t()
+    variables = count_up(model)
+    arrays = ghn_jax.to_torch(variables, model)
+    name = "features.1.0.attn.relative_position_index"
+    rows = arrays[name].reshape(7, 7, 7, 7)
+    assert rows.dtype == np.int64
+    # From (6, 1) to (2, 4): four up and three to the right, in a table of 13 x 13.
+    assert rows[6, 1, 2, 4] == (6 + 4) * 13 + 6 - 3
+    table = variables["params"]["features_1_0"]["attn"]["relative_position_bias_table"]
+    np.testing.assert_array_equal(arrays[name.replace("index", "bias_table")], table)
+    same(ghn_jax.from_torch({n: x for n, x in arrays.items() if n != name}, model), variables)
+    with pytest.raises(ValueError, match=f"{name} is not that of SwinTransformer; allowed"):
+        ghn_jax.from_torch({**arrays, name: arrays[name][::-1]}, model)
+    model = zoo.googlenet()
+    arrays = ghn_jax.to_torch(count_up(model), model)
+    heads = {"aux1.conv.conv.weight": np.zeros((128, 512, 1, 1)), "aux2.fc2.bias": np.zeros(10)}
+    with pytest.raises(ValueError, match=r"2 of the tensors \(aux1.conv.*auxiliary heads.*leave"):
+        ghn_jax.from_torch(arrays | heads, model)
+
+
 def test_modules_that_are_not_converted():
     for convert in (ghn_jax.to_torch, ghn_jax.from_torch):
         with pytest.raises(TypeError, match="Dense are not converted; allowed: the models of"):
@@ -235,6 +270,9 @@ def test_windows_of_pooling():
     y = np.asarray(jax.jit(max_pool)(x))  # the last window of the six rows has two
     assert y.shape == (2, 3, 3, 3)
     np.testing.assert_array_equal(y[:, 2, 1], x[:, 4:, 2:5].max((1, 2)))
+    pairs = np.asarray(max_pool(x, 2))  # the last window of the seven columns has one
+    assert pairs.shape == (2, 3, 4, 3)
+    np.testing.assert_array_equal(pairs[:, 1, 3], x[:, 2:4, 6].max(1))
     for size in (4, 7):
         windows = [[(i * n // size, -(-(i + 1) * n // size)) for i in range(size)] for n in (6, 7)]
         want = [[x[:, a:b, c:d].mean((1, 2)) for c, d in windows[1]] for a, b in windows[0]]
@@ -313,18 +351,19 @@ def test_torchvision_trains_alike(torch):
 @pytest.mark.parametrize(
     ("name", "timm_name"),
     [
+        *frozen.TIMM_VITS.items(),
         ("resnet18", "resnet18"),
         ("resnet34", "resnet34"),
         ("resnet50", "resnet50"),
         ("resnet101", "resnet101"),
         ("wide_resnet50_2", "wide_resnet50_2"),
+        ("resnext50_32x4d", "resnext50_32x4d"),
         ("densenet121", "densenet121"),
-        ("vit_b_16", "vit_base_patch16_224"),
     ],
 )
 def test_timm_agrees(torch, name, timm_name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     model, net = zoo.MODELS[name](*frozen.IMAGENET), timm.create_model(timm_name)
     variables = frozen.random_variables(model)
-    convert = torch_models.to_timm if name == "vit_b_16" else ghn_jax.to_torch
+    convert = torch_models.to_timm if name in frozen.TIMM_VITS else ghn_jax.to_torch
     compare(net, convert(variables, model), model, variables)

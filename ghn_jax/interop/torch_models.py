@@ -2,8 +2,8 @@
 
 Modules have PyTorch's names ('layer1.0.conv1.weight' is params/layer1_0/conv1/kernel), so one rule,
 `torch_name`, the inverse of `names.parameter_path`, makes the name of every leaf, and its
-dimensions say how it is laid out (`torch_shape`). Only attention differs: PyTorch joins query, key
-and value in one tensor.
+dimensions say how it is laid out (`torch_shape`). Only Flax's attention differs: PyTorch joins
+query, key and value in one tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ghn_jax.deepnets1m.names import check_names
-from ghn_jax.zoo import Model, VisionTransformer
+from ghn_jax.zoo import GoogLeNet, Model, VisionTransformer
+from ghn_jax.zoo.swin import relative_position_index
 
 # A leaf's name there; others, like class_token, keep theirs.
 LEAVES = {
@@ -39,6 +40,7 @@ ATTENTION_NAMES = {
 }
 UNSPLIT = re.compile(r"encoder_layer_\d+|ln_\d+")  # names of torchvision's, no places in a sequence
 COUNTER = "num_batches_tracked"
+AUXILIARY = ("aux1.", "aux2.")  # heads of GoogLeNet that training alone uses
 
 # torchvision -> timm, replaced in this order.
 TIMM = {
@@ -111,20 +113,16 @@ def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...
     return shape
 
 
-def _leaf_to_torch(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if len(shape) == 4:
-        return x.transpose(3, 2, 0, 1)
-    if len(shape) == 2:
-        return x.reshape(shape[::-1]).T
-    return x.reshape(shape)
+def _leaf_to_torch(leaf: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if leaf != "kernel":
+        return x.reshape(shape)
+    return x.transpose(3, 2, 0, 1) if len(shape) == 4 else x.reshape(shape[::-1]).T
 
 
-def _leaf_from_torch(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if x.ndim == 4:
-        return x.transpose(2, 3, 1, 0)
-    if x.ndim == 2:
-        return x.T.reshape(shape)
-    return x.reshape(shape)
+def _leaf_from_torch(leaf: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if leaf != "kernel":
+        return x.reshape(shape)
+    return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T.reshape(shape)
 
 
 def abstract_variables(model: Model) -> dict:
@@ -133,9 +131,9 @@ def abstract_variables(model: Model) -> dict:
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def tensors(model: Model) -> tuple[Tensor, ...]:
-    """All tensors of a model's state dict but the counters of batch norm.
+    """All tensors of a model's state dict but its `buffers`.
 
     Args:
       model: of `ghn_jax.zoo`.
@@ -166,12 +164,41 @@ def _is_statistic(tensor: Tensor) -> bool:
     return tensor.paths[0][0] == "batch_stats"
 
 
-def _counters(model: Model) -> set[str]:
-    """Names of batch norm's counters of batches, which Flax has none of."""
-    mean = ".running_mean"
-    return {
-        f"{t.name.removesuffix(mean)}.{COUNTER}" for t in tensors(model) if t.name.endswith(mean)
-    }
+def buffers(model: Model) -> dict[str, np.ndarray]:
+    """What state dicts hold and Flax has none of, as it is the same in every model.
+
+    Batch norm's counters of batches, which are 0 here, and of relative positions their places in
+    the table of biases.
+
+    Raises:
+      TypeError: the model is not the zoo's.
+    """
+    found = {}
+    for t in tensors(model):
+        module, _, leaf = t.name.rpartition(".")
+        if leaf == "running_mean":
+            found[f"{module}.{COUNTER}"] = np.zeros((), np.int64)
+        elif leaf == "relative_position_bias_table":
+            found[f"{module}.relative_position_index"] = relative_position_index()
+    return found
+
+
+def _check_buffers(arrays: Mapping[str, np.ndarray], model: Model) -> None:
+    for name, ours in buffers(model).items():
+        if ours.ndim and name in arrays and not np.array_equal(arrays[name], ours):
+            raise ValueError(
+                f"{name} is not that of {type(model).__name__}; allowed: torchvision's, or none"
+            )
+
+
+def _check_no_heads(arrays: Mapping[str, np.ndarray], model: Model) -> None:
+    heads = [name for name in arrays if name.startswith(AUXILIARY)]
+    if isinstance(model, GoogLeNet) and heads:
+        raise ValueError(
+            f"{len(heads)} of the tensors ({heads[0]}, ...) are of GoogLeNet's auxiliary heads, "
+            "which training alone uses and this model has none of; leave them out: {name: x for "
+            f"name, x in state_dict.items() if not name.startswith({AUXILIARY})}}"
+        )
 
 
 def to_torch(variables: Mapping, model: Model) -> dict[str, np.ndarray]:
@@ -184,7 +211,8 @@ def to_torch(variables: Mapping, model: Model) -> dict[str, np.ndarray]:
 
     Returns:
       An array for each name: (out, in, height, width) for convolutions, (out, in) for linear
-      layers, (3 features, features) for the input of attention. The counters of batches are 0.
+      layers, (3 features, features) for the input of attention; and the model's `buffers`, counters
+      of batches only where there are statistics.
 
     Raises:
       TypeError: the model is not the zoo's.
@@ -201,20 +229,19 @@ def to_torch(variables: Mapping, model: Model) -> dict[str, np.ndarray]:
             leaf = np.asarray(leaves[path])
             if leaf.shape != shape:
                 raise ValueError(f"{'/'.join(path)} is {leaf.shape}, expected {shape}")
-            parts.append(_leaf_to_torch(leaf, torch_shape(path, shape)))
+            parts.append(_leaf_to_torch(path[-1], leaf, torch_shape(path, shape)))
         array = np.concatenate(parts) if parts[1:] else parts[0]
         arrays[t.name] = np.array(array, order="C")  # of its own: JAX's may not be written to
-    if "batch_stats" in variables:
-        arrays.update({name: np.zeros((), np.int64) for name in _counters(model)})
-    return arrays
+    counted = "batch_stats" in variables
+    return arrays | {n: x for n, x in buffers(model).items() if counted or not n.endswith(COUNTER)}
 
 
 def from_torch(arrays: Mapping[str, np.ndarray], model: Model) -> dict:
     """The way back: a model's variables from torchvision's state dict.
 
     Args:
-      arrays: as `to_torch` returns them; tensors of PyTorch on the CPU will do. Counters of batches
-        may be missing, and are passed over.
+      arrays: as `to_torch` returns them; tensors of PyTorch on the CPU will do. `buffers` may be
+        missing; counters of batches are passed over.
       model: of `ghn_jax.zoo`.
 
     Returns:
@@ -222,9 +249,12 @@ def from_torch(arrays: Mapping[str, np.ndarray], model: Model) -> dict:
 
     Raises:
       TypeError: the model is not the zoo's.
-      ValueError: names or shapes are not the model's; the message lists them.
+      ValueError: names, shapes or buffers are not the model's; the message lists them. Or there are
+        auxiliary heads, which the model has none of.
     """
-    have = set(arrays) - _counters(model)
+    _check_buffers(arrays, model)
+    _check_no_heads(arrays, model)
+    have = set(arrays) - buffers(model).keys()
     statistics = any(t.name in have for t in tensors(model) if _is_statistic(t))
     expected = [t for t in tensors(model) if statistics or not _is_statistic(t)]
     check_names(have, {t.name for t in expected}, "tensors")
@@ -235,8 +265,10 @@ def from_torch(arrays: Mapping[str, np.ndarray], model: Model) -> dict:
             raise ValueError(f"{t.name} is {array.shape}, expected {t.shape}")
         parts = np.split(array, len(t.paths))
         for path, shape, part in zip(t.paths, t.shapes, parts, strict=True):
-            leaves[path] = jnp.asarray(_leaf_from_torch(part, shape))
-    return unflatten_dict(leaves)
+            # Of its own: PyTorch may write to what it gave. Not `jnp.asarray`, which compiles a
+            # program for each shape.
+            leaves[path] = np.array(_leaf_from_torch(path[-1], part, shape), order="C")
+    return jax.device_put(unflatten_dict(leaves))
 
 
 def timm_name(name: str) -> str:
@@ -247,7 +279,7 @@ def timm_name(name: str) -> str:
 
 
 def to_timm(variables: Mapping, model: VisionTransformer) -> dict[str, np.ndarray]:
-    """As `to_torch`, for timm's vision transformers ('vit_base_patch16_224').
+    """As `to_torch`, for timm's vision transformers ('vit_base_patch16_224', 'vit_small_...').
 
     timm's ResNets and DenseNets have torchvision's names; `to_torch` is for them.
     """

@@ -9,8 +9,6 @@ import jax
 
 from ghn_jax.zoo.adapt import is_small
 
-STOCHASTIC_DEPTH = 0.1  # probability that the last block is left out, growing linearly up to there
-
 _init = nn.initializers.normal(0.02)
 _Conv = functools.partial(nn.Conv, kernel_init=_init)
 _Dense = functools.partial(nn.Dense, kernel_init=_init)
@@ -46,11 +44,14 @@ class ConvNeXt(nn.Module):
       num_classes: number of classes.
       image_size: height and width of the images, in pixels; for small ones (`is_small`) the first
         4x4 convolution has stride 1.
+      stochastic_depth: probability that training leaves the last block out, growing linearly up to
+        there.
     """
 
     stages: tuple[tuple[int, int], ...]
     num_classes: int = 10
     image_size: int = 32
+    stochastic_depth: float = 0.1
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -64,7 +65,7 @@ class ConvNeXt(nn.Module):
                 x = _LayerNorm(name=f"features_{2 * i}_0")(x)
                 x = _Conv(channels, (2, 2), 2, padding=0, name=f"features_{2 * i}_1")(x)
             for j in range(blocks):
-                drop = STOCHASTIC_DEPTH * done / last
+                drop = self.stochastic_depth * done / last
                 x = CNBlock(drop, name=f"features_{2 * i + 1}_{j}")(x, train=train)
                 done += 1
         x = _LayerNorm(name="classifier_0")(x.mean((1, 2)))
@@ -74,3 +75,8 @@ class ConvNeXt(nn.Module):
 def convnext_tiny(num_classes: int = 10, image_size: int = 32) -> ConvNeXt:
     """ConvNeXt-T."""
     return ConvNeXt(((96, 3), (192, 3), (384, 9), (768, 3)), num_classes, image_size)
+
+
+def convnext_small(num_classes: int = 10, image_size: int = 32) -> ConvNeXt:
+    """ConvNeXt-S."""
+    return ConvNeXt(((96, 3), (192, 3), (384, 27), (768, 3)), num_classes, image_size, 0.4)

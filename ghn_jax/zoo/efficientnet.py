@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 
 from ghn_jax.zoo.adapt import is_small
+from ghn_jax.zoo.squeeze_excitation import SqueezeExcitation
 
 # (expansion, kernel, channels, blocks, stride of the first) of each stage
 STAGES = (
@@ -23,24 +24,6 @@ STOCHASTIC_DEPTH = 0.2  # probability that the last block is left out, growing l
 
 _init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _Conv = functools.partial(nn.Conv, use_bias=False, kernel_init=_init)
-
-
-class SqueezeExcitation(nn.Module):
-    """Scales channels by what their averages say.
-
-    Attributes:
-      squeeze: channels of the first of its two 1x1 convolutions.
-    """
-
-    squeeze: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        gate = x.mean((1, 2), keepdims=True)
-        gate = nn.silu(nn.Conv(self.squeeze, (1, 1), kernel_init=_init, name="fc1")(gate))
-        gate = nn.sigmoid(nn.Conv(x.shape[-1], (1, 1), kernel_init=_init, name="fc2")(gate))
-        return x * gate
 
 
 class MBConv(nn.Module):
@@ -74,7 +57,7 @@ class MBConv(nn.Module):
         y = depthwise(hidden, (k, k), self.stride, name=f"block_{at}_0")(y)
         y = nn.silu(norm(name=f"block_{at}_1")(y))
         # A quarter of what comes into the block, not of the hidden channels.
-        y = SqueezeExcitation(max(1, c // 4), name=f"block_{at + 1}")(y)
+        y = SqueezeExcitation(max(1, c // 4), nn.silu, name=f"block_{at + 1}")(y)
         y = _Conv(self.channels, (1, 1), name=f"block_{at + 2}_0")(y)
         y = norm(name=f"block_{at + 2}_1")(y)
         if self.stride == 1 and x.shape == y.shape:

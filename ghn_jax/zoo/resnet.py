@@ -1,4 +1,7 @@
-"""ResNet (He et al. 2016) and Wide ResNet (Zagoruyko & Komodakis 2016) as torchvision has them."""
+"""ResNet (He et al. 2016), Wide ResNet (Zagoruyko & Komodakis 2016) and ResNeXt (Xie et al. 2017).
+
+As torchvision has them.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,14 @@ class BasicBlock(nn.Module):
       planes: channels.
       stride: of the block.
       project: a 1x1 convolution on the shortcut.
-      base_width: as in `ResNet`; always 64 here.
+      base_width, groups: as in `ResNet`; always 64 and 1 here.
     """
 
     planes: int
     stride: int
     project: bool
     base_width: int = 64
+    groups: int = 1
 
     expansion = 1
 
@@ -52,7 +56,7 @@ class Bottleneck(nn.Module):
       planes: a quarter of the output channels.
       stride: of the block.
       project: a 1x1 convolution on the shortcut.
-      base_width: as in `ResNet`.
+      base_width, groups: as in `ResNet`.
       shortcut: whether there is one, as in every ResNet; the paper compares with one without.
     """
 
@@ -60,6 +64,7 @@ class Bottleneck(nn.Module):
     stride: int
     project: bool
     base_width: int = 64
+    groups: int = 1
     shortcut: bool = True
 
     expansion = 4
@@ -68,9 +73,11 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """(B, H, W, C) -> (B, H / stride, W / stride, 4 * planes)."""
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
-        width, out, s = self.planes * self.base_width // 64, 4 * self.planes, self.stride
+        width = self.planes * self.base_width // 64 * self.groups
+        out, s = 4 * self.planes, self.stride
         y = nn.relu(norm(name="bn1")(_Conv(width, (1, 1), name="conv1")(x)))
-        y = _Conv(width, (3, 3), s, padding=1, name="conv2")(y)
+        grouped = functools.partial(_Conv, feature_group_count=self.groups)
+        y = grouped(width, (3, 3), s, padding=1, name="conv2")(y)
         y = nn.relu(norm(name="bn2")(y))
         y = norm(name="bn3")(_Conv(out, (1, 1), name="conv3")(y))
         if not self.shortcut:
@@ -92,11 +99,12 @@ class ResNet(nn.Module):
     Attributes:
       block: `BasicBlock` or `Bottleneck`.
       depths: blocks of each stage.
-      base_width: width of the bottlenecks of the first stage (Wide ResNet-50-2: 128).
+      base_width: width of the bottlenecks of the first stage (Wide ResNet-50-2: 128), per group.
       num_classes: number of classes.
       image_size: height and width of the images, in pixels; small ones (`is_small`) keep their
         resolution: a 3x3 convolution without stride, no max-pooling.
       head: whether pooling and the classifier follow; detectors read the last feature map.
+      groups: of the 3x3 convolutions (ResNeXt's cardinality).
     """
 
     block: type[BasicBlock] | type[Bottleneck]
@@ -105,6 +113,7 @@ class ResNet(nn.Module):
     num_classes: int = 10
     image_size: int = 32
     head: bool = True
+    groups: int = 1
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -125,7 +134,8 @@ class ResNet(nn.Module):
                 stride = 2 if i and not j else 1
                 project = not j and (stride > 1 or x.shape[-1] != planes * self.block.expansion)
                 name = f"layer{i + 1}_{j}"
-                x = self.block(planes, stride, project, self.base_width, name=name)(x, train=train)
+                block = self.block(planes, stride, project, self.base_width, self.groups, name=name)
+                x = block(x, train=train)
         if not self.head:
             return x
         return nn.Dense(self.num_classes, kernel_init=_fc_init, name="fc")(x.mean((1, 2)))
@@ -154,3 +164,8 @@ def resnet101(num_classes: int = 10, image_size: int = 32) -> ResNet:
 def wide_resnet50_2(num_classes: int = 10, image_size: int = 32) -> ResNet:
     """Wide ResNet-50-2: ResNet-50 with 3x3 convolutions of twice the width."""
     return ResNet(Bottleneck, (3, 4, 6, 3), 128, num_classes=num_classes, image_size=image_size)
+
+
+def resnext50_32x4d(num_classes: int = 10, image_size: int = 32) -> ResNet:
+    """ResNeXt-50 32x4d: ResNet-50 with 3x3 convolutions in 32 groups."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), 4, num_classes, image_size, groups=32)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ghn_jax.zoo.adapt import is_small
+from ghn_jax.zoo.pooling import max_pool
 
 POOL: Literal["pool"] = "pool"
 # Channels of each fire module's squeeze, max-pooling between; places in torchvision's sequence
@@ -16,12 +17,6 @@ POOL: Literal["pool"] = "pool"
 LAYERS: tuple[int | Literal["pool"], ...] = (POOL, 16, 16, POOL, 32, 32, POOL, 48, 48, 64, 64)
 
 _init = nn.initializers.he_uniform()
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 max-pooling with stride 2, whose last window may hang over the edge (ceil_mode)."""
-    over = tuple((0, (n - 3) % 2) for n in x.shape[1:3])
-    return nn.max_pool(x, (3, 3), (2, 2), over)
 
 
 class Fire(nn.Module):

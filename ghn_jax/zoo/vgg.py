@@ -6,9 +6,9 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from ghn_jax.zoo.adapt import is_small
+from ghn_jax.zoo.pooling import adaptive_avg_pool
 
 Layer = int | Literal["pool"]
 POOL: Literal["pool"] = "pool"
@@ -17,21 +17,6 @@ GRID = 7  # height and width of what the classifier sees
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _dense_init = nn.initializers.normal(0.01)
-
-
-def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
-    """Averages of windows that cover the image: (B, H, W, C) -> (B, size, size, C).
-
-    The windows are PyTorch's, from floor(i H / size) to ceil((i + 1) H / size): they overlap where
-    the image does not divide, and repeat where it is the smaller.
-    """
-    for axis in (1, 2):
-        n = x.shape[axis]
-        if n != size:
-            windows = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
-            parts = [jax.lax.slice_in_dim(x, *window, axis=axis) for window in windows]
-            x = jnp.stack([part.mean(axis) for part in parts], axis)
-    return x
 
 
 class VGG(nn.Module):

@@ -130,3 +130,8 @@ class VisionTransformer(nn.Module):
 def vit_b_16(num_classes: int = 10, image_size: int = 32) -> VisionTransformer:
     """ViT-B/16."""
     return VisionTransformer(16, 12, 12, 768, num_classes, image_size)
+
+
+def vit_s_16(num_classes: int = 10, image_size: int = 32) -> VisionTransformer:
+    """ViT-S/16 (Touvron et al. 2021), of which torchvision has none: its names, timm's numbers."""
+    return VisionTransformer(16, 12, 6, 384, num_classes, image_size)
