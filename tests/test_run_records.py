@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import sys
+import types
 import warnings
 from contextlib import closing
 
@@ -16,13 +17,15 @@ from ghn_jax.cli import train
 from ghn_jax.data.images import load_images
 from ghn_jax.deepnets1m.architecture import Architecture, Genotype
 from ghn_jax.deepnets1m.sampling import sample_architecture
-from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.engine.compilation import CompilationCounter, keep_programs
 from ghn_jax.hypernet.checkpoint import Checkpoints, save_ghn
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.training import loop, replay
 from ghn_jax.training.config import preset
+from ghn_jax.training.log import Log
 from ghn_jax.training.train_log import train_log
-from ghn_jax.training.validation import load_validation
+from ghn_jax.training.update import Metrics
+from ghn_jax.training.validation import Validated, load_validation
 
 EDGES = (("conv_1x1", 0), ("skip_connect", 1))
 NORMED = Architecture(Genotype(EDGES, (2,), EDGES, (2,)), n_cells=3, C=8, fc_layers=1)
@@ -97,24 +100,27 @@ def test_a_bad_update_is_repeated_and_what_made_it_so_is_named(runs, kept, capsy
     assert files(runs / "plain") == before
 
 
-def test_the_parameters_are_those_that_the_update_had(runs, kept, digits, monkeypatch):
+def test_the_parameters_are_those_that_the_update_had(runs, kept, digits):
     """From the checkpoint before it, or from the start with all updates in between made again."""
-    taken = []
-    monkeypatch.setattr(replay, "_alone", lambda run, params, *_: taken.append(params))
-    expected = parameters(runs / "plain", upto=1)
+    first = parameters(runs / "plain", upto=1)
     assert Checkpoints(runs / "plain").steps() == [1, 3]
-    again = runs / "without the first"
-    shutil.copytree(runs / "plain", again)
-    shutil.rmtree(again / "checkpoints" / "1")
-    options = {"replay": 2, "save_every": 2}
-    found = replay.replay(config(runs, again.name).replace(**options), digits)
-    assert found.parameters == "those that it had, made again from the start of the run"
-    assert not found.applied
-    jax.tree.map(np.testing.assert_array_equal, taken[0], expected)
-    # Beyond what is between two checkpoints, nothing is made again.
-    found = replay.replay(config(runs, again.name).replace(replay=2), digits)
-    assert found.parameters.startswith("those after update 3, the first checkpoint that is kept")
-    jax.tree.map(np.testing.assert_array_equal, taken[-1], parameters(again))
+    shutil.copytree(runs / "plain", runs / "late")
+    shutil.rmtree(runs / "late" / "checkpoints" / "1")
+    run, nets = loop.new_run(config(runs, "late"), digits), (NORMED, BARE)
+    with closing(run.step):
+        # Beyond what is between two checkpoints, nothing is made again.
+        found, words = replay._before(run, digits, nets, 2)
+        assert words.startswith("those after update 3, the first checkpoint that is kept")
+        jax.tree.map(np.testing.assert_array_equal, found.state.params, parameters(runs / "late"))
+        other, words = replay._before(run, digits, (BARE, BARE), 4)
+        assert words == (
+            "those of the checkpoint of update 3, after which the run went on with other "
+            "architectures"
+        )
+        run = run._replace(config=run.config.replace(save_every=2))
+        found, words = replay._before(run, digits, nets, 2)
+        assert words == "those that it had, made again from the start of the run"
+        jax.tree.map(np.testing.assert_array_equal, found.state.params, first)
 
 
 def test_updates_that_cannot_be_repeated(runs, digits, tmp_path):
@@ -167,26 +173,37 @@ def test_validated_networks_are_of_the_rules_and_not_of_the_training_stream():
     assert found == [arch for _, arch in load_validation(options).architectures]
 
 
-def test_curves_for_tensorboard(runs, kept, digits):
-    """Of a run that goes on: what came after its checkpoint is hidden."""
+def test_curves_for_tensorboard(tmp_path):
+    """Of a run that goes on from update 2: TensorBoard hides what was made after it before."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    folder = runs / "drawn"
-    options = {"tensorboard": True, "validate_every": 1, "validate_nets": 1}
-    loop.train(config(runs, "drawn", **options).replace(steps=1), digits)
-    loop.train(config(runs, "drawn", **options).replace(steps=3, resume=True), digits)
-    points = {}
-    for path in sorted((folder / "tensorboard").iterdir()):
+    options = config(tmp_path, "run", tensorboard=True)
+    options.run.out.mkdir()
+    batch = types.SimpleNamespace(architectures=(NORMED,), nodes=20)
+    for done, total in ((0, 4), (2, 5)):
+        log = Log(options, done, total, done, CompilationCounter())
+        with closing(log):
+            for step in range(done + 1, total + 1):
+                metrics = Metrics(np.float32(10 * total + step), 0.25, 2.0, step != 5, 0)
+                log.update(step, metrics, batch, 0.0, Validated(0.5, 0.1) if step == 4 else None)
+    points, hidden = {}, []
+    for path in sorted((tmp_path / "run" / "tensorboard").iterdir(), key=lambda p: p.stat().st_ino):
         data, at = path.read_bytes(), 0
         while at < len(data):
             size = int.from_bytes(data[at : at + 8], "little")
             event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
             at += 16 + size
+            if event.session_log.status == event_pb2.SessionLog.START:
+                hidden.append(event.step)
             for value in event.summary.value:
-                points.setdefault(value.tag, {})[event.step] = value.simple_value
-    for name in ("loss", "top1", "grad_norm", "val_top1"):
-        expected = {r["step"]: r[name] for r in records(folder) if r[name] is not None}
-        assert points[name] == pytest.approx(expected), name
-    assert list(points["loss"]) == [1, 3]
+                points.setdefault(value.tag, {}).setdefault(event.step, []).append(
+                    value.simple_value
+                )
+    assert hidden == [1, 3]
+    assert {step: sorted(found) for step, found in points["loss"].items()} == {
+        1: [41], 2: [42], 3: [43, 53], 4: [44, 54],
+    }  # fmt: skip
+    assert points["val_top1"] == {4: [0.5, 0.5]}
+    assert list(points["top1"]) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("option", ["validate_every", "validate_nets"])

@@ -28,7 +28,7 @@ from ghn_jax.data.images import Batch, Images, train_batches
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.engine.plan import Step
 from ghn_jax.hypernet.checkpoint import Checkpoints
-from ghn_jax.hypernet.padding import next_power_of_two as _room
+from ghn_jax.hypernet.padding import next_power_of_two
 from ghn_jax.training.config import TrainConfig
 from ghn_jax.training.log import BAD_UPDATES
 from ghn_jax.training.loop import Run, at_checkpoint, new_run
@@ -155,10 +155,13 @@ def _before(
 def _meta_batch(run: Run, architectures: tuple[Architecture, ...]) -> MetaBatch:
     """Some of an update's architectures, padded as all of them are: the same programs."""
     stream = run.stream
+    times = next_power_of_two(stream.size) // next_power_of_two(len(architectures))
     return make_meta_batch(
-        stream.ghn, architectures, image_size=stream.image_size,
-        graph_nodes=stream.graph_nodes * _room(stream.size) // _room(len(architectures)),
-    )  # fmt: skip
+        stream.ghn,
+        architectures,
+        image_size=stream.image_size,
+        graph_nodes=stream.graph_nodes * times,
+    )
 
 
 def _alone(
