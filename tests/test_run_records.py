@@ -186,7 +186,7 @@ def test_curves_for_tensorboard(tmp_path):
                 metrics = Metrics(np.float32(10 * total + step), 0.25, 2.0, step != 5, 0)
                 log.update(step, metrics, batch, 0.0, Validated(0.5, 0.1) if step == 4 else None)
     points, hidden = {}, []
-    for path in sorted((tmp_path / "run" / "tensorboard").iterdir(), key=lambda p: p.stat().st_ino):
+    for path in sorted((tmp_path / "run" / "tensorboard").iterdir()):
         data, at = path.read_bytes(), 0
         while at < len(data):
             size = int.from_bytes(data[at : at + 8], "little")

@@ -146,7 +146,8 @@ def _events(out: Path, done: int):
     """A writer of TensorBoard's files, in which a run that goes on hides what it makes again."""
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(out / _EVENTS), purge_step=done + 1)
+    # Files are named after the second they were begun in: going back must not write over one.
+    return SummaryWriter(str(out / _EVENTS), purge_step=done + 1, filename_suffix=f".{done}")
 
 
 def _trim(path: Path, steps: int) -> None:
