@@ -18,14 +18,14 @@ from ghn_jax.data.images import load_images
 from ghn_jax.deepnets1m.architecture import Architecture, Genotype
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.engine.compilation import CompilationCounter, keep_programs
+from ghn_jax.evaluation.validation import load_validation
 from ghn_jax.hypernet.checkpoint import Checkpoints, save_ghn
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.training import loop, replay
 from ghn_jax.training.config import preset
-from ghn_jax.training.log import Log
+from ghn_jax.training.log import Log, Validated
 from ghn_jax.training.train_log import train_log
 from ghn_jax.training.update import Metrics
-from ghn_jax.training.validation import Validated, load_validation
 
 EDGES = (("conv_1x1", 0), ("skip_connect", 1))
 NORMED = Architecture(Genotype(EDGES, (2,), EDGES, (2,)), n_cells=3, C=8, fc_layers=1)
@@ -53,7 +53,8 @@ def runs(tmp_path_factory, digits):
     )
     keep_programs(folder / "cache")
     for name, options in (("plain", {}), ("watched", {"validate_every": 2, "validate_nets": 1})):
-        loop.train(config(folder, name, **options), digits)
+        options = config(folder, name, **options)
+        loop.train(options, digits, load_validation(options))
     return folder
 
 
@@ -65,9 +66,9 @@ def kept(runs):
 
 def config(folder, name, **options):
     return preset("demo").replace(
-        out=folder / name, cache_dir=folder / "cache", init=folder / "large",
-        nets=folder / "nets.json", tile_channels=16, batch_size=8, meta_batch=2, steps=3,
-        save_every=1, n_cells=(1, 1), nodes=(1, 1), **options,
+        out=folder / name, cache_dir=folder / "cache", tile_channels=16, batch_size=8, meta_batch=2,
+        steps=3, save_every=1, n_cells=(1, 1), nodes=(1, 1),
+        **{"init": folder / "large", "nets": folder / "nets.json", **options},
     )  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def test_accuracies_are_of_the_parameters_at_that_time(runs, kept, digits):
     assert validation.images.split == "val"
     run = loop.new_run(config(runs, "watched"), digits)
     with closing(run.step):
-        point = validation.measure(GHN_, parameters(runs / "watched", upto=1), run.step.engine)
+        point = validation(GHN_, parameters(runs / "watched", upto=1), run.step.engine)
     found = records(runs / "watched")[1]
     assert found["val_top1"] == point.top1
     assert 0 <= point.top1 < 1
@@ -225,9 +226,12 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_images_for_the_curve_are_asked_for_before_any_work(digits, tmp_path):
-    options = config(tmp_path, "run", validate_every=1, dataset="npz:/nowhere.npz")
+    out = str(tmp_path / "run")
+    arguments = ["--preset", "demo", "--out", out, "--validate-every", "1", "--dataset"]
     with pytest.raises(FileNotFoundError, match=r"nowhere\.npz"):
-        loop.train(options.replace(init=None, nets=None), digits)
+        train.main([*arguments, "npz:/nowhere.npz"])
+    with pytest.raises(ValueError, match="--validate-every is 1, but .* load_validation"):
+        loop.train(config(tmp_path, "run", validate_every=1, init=None, nets=None), digits)
     assert not (tmp_path / "run").exists()
 
 

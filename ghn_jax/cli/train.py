@@ -33,6 +33,7 @@ from ghn_jax.cli import command
 from ghn_jax.data.images import Images, load_images
 from ghn_jax.engine.compilation import keep_programs
 from ghn_jax.engine.memory import keep_memory
+from ghn_jax.evaluation.validation import load_validation
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.training.ablations import ABLATIONS, ablate, check_ablation
 from ghn_jax.training.config import PRESETS, TrainConfig, preset
@@ -118,7 +119,8 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(start_rows(arguments, rows, columns, *launch))
     join_processes(*launch)
     _get_ready(config)
-    train(config, _images(config))
+    validate = load_validation(config) if run.validate_every else None
+    train(config, _images(config), validate)
 
 
 def _get_ready(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -22,11 +22,17 @@ from ghn_jax.training.config import TrainConfig
 from ghn_jax.training.meta_batch import MetaBatch
 from ghn_jax.training.train_log import EVENTS
 from ghn_jax.training.update import Metrics
-from ghn_jax.training.validation import Validated
 
 BAD_UPDATES = "bad_updates.jsonl"
 _EVENTS = "tensorboard"  # folder of TensorBoard's files
 _CURVES = ("loss", "top1", "grad_norm", "seconds", "val_top1")  # what TensorBoard draws
+
+
+class Validated(NamedTuple):
+    """Mean accuracy of the networks, a fraction, and the seconds that measuring it took."""
+
+    top1: float
+    seconds: float
 
 
 class Log:

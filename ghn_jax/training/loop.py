@@ -6,30 +6,31 @@ import contextlib
 import importlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
 
 from ghn_jax.data.images import Images, prefetch, steps_per_epoch, train_batches
 from ghn_jax.engine.compilation import CompilationCounter
+from ghn_jax.engine.engine import Engine
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.hypernet.ghn import GHN, count_parameters
 from ghn_jax.training.architectures import architecture_source
 from ghn_jax.training.config import TrainConfig
-from ghn_jax.training.log import BAD_UPDATES, Log
+from ghn_jax.training.log import BAD_UPDATES, Log, Validated
 from ghn_jax.training.mesh import ARCH, DATA, make_mesh, parse_mesh
 from ghn_jax.training.meta_batch import Stream
 from ghn_jax.training.run_folder import check_same, differences, lock
 from ghn_jax.training.stopping import NOTHING, SAVE, STOP, Listener, Stopped
 from ghn_jax.training.train_log import EVENTS, train_log
 from ghn_jax.training.update import MetaStep, TrainState, Update
-from ghn_jax.training.validation import Validation, load_validation
 
 MOST_PARAMETERS = 10**9  # of a hypernetwork: 20 GB with its gradients and Adam's state
 BAD_IN_A_ROW = 50  # updates that are not finite, after which a run goes back, and then ends
+Validate = Callable[[GHN, Any, Engine], Validated]  # a hypernetwork, its parameters, an engine
 _AHEAD = 4  # updates that architectures come ahead by, so that what is new gets compiled meanwhile
 
 
@@ -238,8 +239,13 @@ class NotFinite(Exception):
         self.updates, self.position = updates, position
 
 
-def train(config: TrainConfig, images: Images) -> None:
+def train(config: TrainConfig, images: Images, validate: Validate | None = None) -> None:
     """Makes a run's updates; the first process writes metrics, all of them checkpoints.
+
+    Args:
+      config: its options.
+      images: to train on.
+      validate: measures a point of the learning curve; see `evaluation/validation.py`.
 
     Raises:
       Stopped: a signal came; what was done is saved.
@@ -248,7 +254,11 @@ def train(config: TrainConfig, images: Images) -> None:
     """
     # A file may be found damaged: before a folder is made.
     architecture_source(config, images.image_size)
-    validation = load_validation(config) if config.run.validate_every else None
+    if config.run.validate_every and validate is None:
+        raise ValueError(
+            f"--validate-every is {config.run.validate_every}, but there is nothing to measure; "
+            "give train() what load_validation(config) returns"
+        )
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(lock(config.run.out))
@@ -260,11 +270,11 @@ def train(config: TrainConfig, images: Images) -> None:
         if run.done:
             EVENTS.info("resumed after update %d", run.done)
         try:
-            _make_updates(run, images, validation, listener, compilations)
+            _make_updates(run, images, validate, listener, compilations)
         except NotFinite as error:
             run = _go_back(run, error)
             try:
-                _make_updates(run, images, validation, listener, compilations)
+                _make_updates(run, images, validate, listener, compilations)
             except NotFinite as again:
                 raise _hopeless(run, again) from None
 
@@ -296,7 +306,7 @@ def _hopeless(run: Run, error: NotFinite) -> FloatingPointError:
 def _make_updates(
     run: Run,
     images: Images,
-    validation: Validation | None,
+    validate: Validate | None,
     listener: Listener,
     compilations: CompilationCounter,
 ) -> None:
@@ -319,8 +329,9 @@ def _make_updates(
             request = STOP if listener.heard else SAVE if late else NOTHING
             state, metrics = run.step(state, update, *image_batch, request)
             validated = None
-            if validation is not None and step % config.run.validate_every == 0:
-                validated = validation.measure(run.step.ghn, state.params, run.step.engine)
+            every = config.run.validate_every
+            if every and validate and step % every == 0 and jax.process_index() == 0:
+                validated = validate(run.step.ghn, state.params, run.step.engine)
             issued.append((step, metrics, update.batch, waited, validated))
             last = step == run.total
             due |= last or step % config.run.save_every == 0

@@ -19,13 +19,7 @@ from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.training.config import TrainConfig
-
-
-class Validated(NamedTuple):
-    """Mean accuracy of the networks, a fraction, and the seconds that measuring it took."""
-
-    top1: float
-    seconds: float
+from ghn_jax.training.log import Validated
 
 
 class Validation(NamedTuple):
@@ -39,7 +33,7 @@ class Validation(NamedTuple):
     architectures: list[tuple[str, Architecture]]
     images: Images
 
-    def measure(self, ghn: GHN, params: Any, engine: Engine) -> Validated:
+    def __call__(self, ghn: GHN, params: Any, engine: Engine) -> Validated:
         """Accuracy with the parameters that a hypernetwork predicts, batch norm on batches of 64.
 
         Args:
