@@ -698,7 +698,9 @@ def test_what_is_not_there(tmp_path, name, error, message):
 def test_a_hypernetwork_is_made_for_the_datasets_task(tmp_path, monkeypatch):
     name, _ = write(tmp_path / "images", "folder")
     runs = []
-    monkeypatch.setattr(train, "train", lambda *given: runs.append(loop.setup(*given)))
+    monkeypatch.setattr(
+        train, "train", lambda config, images, _: runs.append(loop.setup(config, images))
+    )
     train.main(
         ["--preset", "demo", "--dataset", name, "--image-size", "16", "--batch-size", "6",
          "--out", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]

@@ -13,6 +13,7 @@ _EXTRAS = {
     "pycocotools": "detection",
     "sklearn": "train",
     "submitit": "cluster",
+    "tensorboardX": "tensorboard",
     "tensorflow_datasets": "train",
 }
 

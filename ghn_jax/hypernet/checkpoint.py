@@ -139,10 +139,14 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The last checkpoint's step, None if there is none."""
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, ascending."""
         if not (self.path / _CHECKPOINTS).is_dir():
-            return None
+            return []
         with self._open() as checkpointer:
-            return checkpointer.latest.step if checkpointer.latest else None
+            return sorted(c.step for c in checkpointer.checkpoints)
 
     def save(self, step: int, position: int, **trees: Any) -> None:
         """Saves trees of arrays under a step, with a position of the architecture stream.
@@ -176,7 +180,7 @@ class Checkpoints:
                     response.result()
 
     def load(
-        self, sharding: jax.sharding.Sharding | None = None, **like: Any
+        self, sharding: jax.sharding.Sharding | None = None, *, upto: int | None = None, **like: Any
     ) -> tuple[int, int, dict[str, Any]]:
         """Loads trees from the last checkpoint, whatever devices it was saved from.
 
@@ -184,6 +188,7 @@ class Checkpoints:
 
         Args:
           sharding: where the arrays go; to JAX's first device if not given.
+          upto: the last step that it may be of, where it is not to be the last of all.
           **like: for each tree the shapes and types expected of it.
 
         Returns:
@@ -195,14 +200,15 @@ class Checkpoints:
             are damaged.
         """
         self._finish()
-        if self.latest() is None:
+        steps = [step for step in self.steps() if upto is None or step <= upto]
+        if not steps:
             raise FileNotFoundError(
                 f"{self.path} holds no checkpoint; give a folder written by training or by save_ghn"
             )
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         problem = ""
         with self._open() as checkpointer:
-            for step in sorted((c.step for c in checkpointer.checkpoints), reverse=True):
+            for step in reversed(steps):
                 with _quiet():
                     try:
                         found = self._load(checkpointer, step, sharding, like)

@@ -145,14 +145,18 @@ class OptimiserConfig:
 class RunConfig:
     """Where and how training runs."""
 
-    out: Path = Path("runs/ghn2")  # folder for checkpoints and metrics.jsonl
+    out: Path = Path("runs/ghn2")  # folder for checkpoints, metrics.jsonl and train.log
     resume: bool = (
         False  # go on from the last checkpoint in `out`; `--resume auto`: if there is one
     )
     override: bool = False  # go on with other options than the run was started with
+    replay: int | None = None  # instead of training, repeat this update of bad_updates.jsonl
     seed: int = 0  # of parameters, images, architectures and dropout
     save_every: int = 200  # updates between checkpoints, at most
     save_minutes: float = 5.0  # minutes between checkpoints, at most
+    validate_every: int | None = None  # updates between points of the learning curve; default: none
+    validate_nets: int = 4  # networks, never trained on, whose accuracies a point is the mean of
+    tensorboard: bool = False  # write the curves for TensorBoard as well, in `out`/tensorboard
     workers: int = 2  # architectures that run at once on a CPU, where it is one device
     mesh: str | None = None  # arch=ROWS,data=COLUMNS of devices; default: all on arch
     coordinator: str | None = None  # HOST:PORT of process 0, or auto (Slurm, MPI, GKE, Cloud TPU)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import importlib
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,21 +16,24 @@ from tqdm import tqdm
 
 from ghn_jax.data.images import Images, prefetch, steps_per_epoch, train_batches
 from ghn_jax.engine.compilation import CompilationCounter
+from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Programs
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.hypernet.ghn import GHN, count_parameters
 from ghn_jax.training.architectures import architecture_source
 from ghn_jax.training.config import TrainConfig
+from ghn_jax.training.log import BAD_UPDATES, Log, Validated
 from ghn_jax.training.mesh import ARCH, DATA, make_mesh, parse_mesh
-from ghn_jax.training.meta_batch import MetaBatch, Stream
+from ghn_jax.training.meta_batch import Stream
 from ghn_jax.training.run_folder import check_same, differences, lock
 from ghn_jax.training.stopping import NOTHING, SAVE, STOP, Listener, Stopped
-from ghn_jax.training.update import MetaStep, Metrics, TrainState, Update
+from ghn_jax.training.train_log import EVENTS, train_log
+from ghn_jax.training.update import MetaStep, TrainState, Update
 
 MOST_PARAMETERS = 10**9  # of a hypernetwork: 20 GB with its gradients and Adam's state
 SHARD_FROM = 10**7  # parameters, from which on several devices share a hypernetwork's state
-BAD_UPDATES = "bad_updates.jsonl"  # what was passed over, to look at and to repeat
 BAD_IN_A_ROW = 50  # updates that are not finite, after which a run goes back, and then ends
+Validate = Callable[[GHN, Any, Engine], Validated]  # a hypernetwork, its parameters, an engine
 _AHEAD = 4  # updates that architectures come ahead by, so that what is new gets compiled meanwhile
 
 
@@ -40,6 +41,9 @@ def check(config: TrainConfig) -> None:
     """Raises ValueError for options that cannot work, before any long work.
 
     Where there are several processes, after they have been joined.
+
+    Raises:
+      ModuleNotFoundError: an option needs a library that is not installed.
     """
     data, space, run = config.data, config.space, config.run
     counts = {
@@ -48,6 +52,8 @@ def check(config: TrainConfig) -> None:
         "graph_nodes": space.graph_nodes, "tile_channels": config.model.tile_channels,
         "steps": data.steps, "tile_inputs": config.model.tile_inputs,
         "training_architectures": space.training_architectures,
+        "validate_every": run.validate_every, "validate_nets": run.validate_nets,
+        "replay": run.replay,
     }  # fmt: skip
     for name, value in counts.items():
         if value is not None and value < 1:
@@ -75,7 +81,15 @@ def check(config: TrainConfig) -> None:
             f"--meta-batch is {space.meta_batch}; allowed: {shape[ARCH]} or more, an architecture "
             "for each row of devices; or give them to the images, with --mesh data=COLUMNS"
         )
-    latest = Checkpoints(run.out).latest()
+    if run.tensorboard:
+        importlib.import_module("tensorboardX")  # else ModuleNotFoundError, now
+    if run.replay is None:
+        _check_folder(config)
+
+
+def _check_folder(config: TrainConfig) -> None:
+    """Raises ValueError where a run cannot start in its folder, or go on there."""
+    run, latest = config.run, Checkpoints(config.run.out).latest()
     if latest is not None and not run.resume:
         raise ValueError(
             f"{run.out} holds a run of {latest} updates already; add --resume to go on with it, "
@@ -150,8 +164,17 @@ class Run(NamedTuple):
 
 def setup(config: TrainConfig, images: Images, programs: Programs | None = None) -> Run:
     """Makes a new run, or loads its last checkpoint; writes `config.json` of a new one."""
+    run = new_run(config, images, programs)
+    if config.run.resume:
+        run = at_checkpoint(run)
+    if jax.process_index() == 0 and (config.run.override or not config.run.resume):
+        _write_config(run.checkpoints, run.step.ghn, config, images.image_size, run.done)
+    return run
+
+
+def new_run(config: TrainConfig, images: Images, programs: Programs | None = None) -> Run:
+    """A run before its first update; nothing is written."""
     source = architecture_source(config, images.image_size)
-    first = jax.process_index() == 0
     mesh = make_mesh()
     checkpoints = Checkpoints(config.run.out)
     ghn, trained = config.ghn(images.task), None
@@ -182,15 +205,11 @@ def setup(config: TrainConfig, images: Images, programs: Programs | None = None)
         shard=mesh.size > 1 and count_parameters(ghn) >= SHARD_FROM,
         programs=programs,
     )
-    state, position = step.init(config.run.seed), 0
+    state = step.init(config.run.seed)
     if trained is not None:
         params = jax.device_put(trained["params"], step.replicated)
         average = None if state.average is None else jax.tree.map(jnp.copy, params)  # both donated
         state = step.place(step.whole(state)._replace(params=params, average=average))
-    if config.run.resume:
-        state, position = _load(checkpoints, step, state)
-    if first and (config.run.override or not config.run.resume):
-        _write_config(checkpoints, ghn, config, images.image_size, int(state.step))
     stream = Stream(
         ghn,
         source,
@@ -200,7 +219,7 @@ def setup(config: TrainConfig, images: Images, programs: Programs | None = None)
         graph_nodes=config.space.graph_nodes,
         max_nodes=config.space.max_nodes,
     )
-    return Run(config, step, state, int(state.step), total, position, stream, checkpoints)
+    return Run(config, step, state, 0, total, 0, stream, checkpoints)
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
@@ -211,15 +230,17 @@ def _trees(state: TrainState) -> dict[str, Any]:
     return {"params": state.trained, "training": training}
 
 
-def _load(checkpoints: Checkpoints, step: MetaStep, like: TrainState) -> tuple[TrainState, int]:
-    """The state of the last checkpoint, and its position in the stream of architectures."""
-    _, position, trees = checkpoints.load(step.replicated, **_trees(like))
+def at_checkpoint(run: Run, upto: int | None = None) -> Run:
+    """The run at its last checkpoint, or at the last one of so many updates."""
+    step = run.step
+    _, position, trees = run.checkpoints.load(step.replicated, upto=upto, **_trees(run.state))
     opt_state, count, *params = trees["training"]
     if params:
         state = TrainState(params[0], opt_state, count, average=trees["params"])
     else:
         state = TrainState(trees["params"], opt_state, count)
-    return step.place(state), position
+    state = step.place(state)
+    return run._replace(state=state, done=int(state.step), position=position)
 
 
 def _write_config(
@@ -236,103 +257,6 @@ def _write_config(
     )
 
 
-class Log:
-    """Metrics of updates as a line of JSON each, and a progress bar; of the first process only.
-
-    Args:
-      run: what is logged.
-      compilations: counts programs.
-    """
-
-    def __init__(self, run: Run, compilations: CompilationCounter):
-        self._first, self._config = jax.process_index() == 0, run.config
-        self._compilations, self._seen = compilations, run.position
-        path = run.config.run.out / "metrics.jsonl" if self._first else Path(os.devnull)
-        if self._first:
-            _trim(path, run.done)
-        self._file = path.open("a", buffering=1)
-        self._bar = tqdm(
-            total=run.total, initial=run.done, unit="update", dynamic_ncols=True,
-            disable=not self._first,
-        )  # fmt: skip
-        self._last = time.perf_counter()
-
-    def update(self, step: int, metrics: Metrics, batch: MetaBatch, waited: float) -> Metrics:
-        """Logs an update; waits for it to end; returns its metrics as NumPy's.
-
-        Args:
-          step: its number, from 1.
-          metrics, batch: of it.
-          waited: seconds that it waited for architectures and images.
-        """
-        metrics = jax.device_get(metrics)
-        seconds, self._last = time.perf_counter() - self._last, time.perf_counter()
-        self._seen += len(batch.architectures)
-        loss, programs = float(metrics.loss), self._compilations.count
-        norm = float(metrics.grad_norm)
-        record = {
-            "step": step,
-            "loss": loss if metrics.applied and math.isfinite(loss) else None,
-            "top1": float(metrics.top1),
-            "grad_norm": norm if metrics.applied and math.isfinite(norm) else None,
-            "seconds": round(seconds, 4),
-            "waited": round(waited, 4),
-            "nodes": batch.nodes,
-            "architectures": self._seen,
-            "compilations": programs,
-        }
-        self._file.write(json.dumps(record) + "\n")
-        self._bar.update()
-        self._bar.set_postfix(loss=f"{loss:.3f}", top1=f"{metrics.top1:.1%}", programs=programs)
-        if self._first and not metrics.applied:
-            self._passed_over(step, metrics, batch)
-        return metrics
-
-    def _passed_over(self, step: int, metrics: Metrics, batch: MetaBatch) -> None:
-        """Says and writes down which architectures and images an update left out."""
-        record = {
-            "step": step,
-            "loss": str(metrics.loss),
-            "grad_norm": str(metrics.grad_norm),
-            "images": {"seed": self._config.run.seed, "batch": step - 1},
-            "architectures": {f"update {step}, {i}": arch.to_dict()
-                              for i, arch in enumerate(batch.architectures)},
-        }  # fmt: skip
-        path = self._config.run.out / BAD_UPDATES
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.say(f"update {step} passed over, as its numbers are not finite (loss {metrics.loss}, "
-                 f"norm of the gradient {metrics.grad_norm}): see {path}")  # fmt: skip
-
-    def say(self, text: str) -> None:
-        """A line above the bar, from the first process."""
-        if self._first:
-            self._bar.write(text)
-
-    def end(self, run: Run) -> None:
-        """Says what was done."""
-        c = self._compilations
-        self.say(
-            f"{run.total} updates; {c.count} programs, {c.seconds:.0f} s compiling them. "
-            f"Checkpoint and metrics in {run.config.run.out}"
-        )
-
-    def close(self) -> None:
-        """Closes file and bar."""
-        self._bar.close()
-        self._file.close()
-
-
-def _trim(path: Path, steps: int) -> None:
-    """Drops records of updates after a checkpoint: they are made again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= steps]
-        beside = path.with_name(path.name + ".part")
-        beside.write_text("".join(line + "\n" for line in kept))
-        beside.replace(path)
-
-
 class NotFinite(Exception):
     """Updates in a row that are not finite: too many, or the last ones of a run.
 
@@ -346,12 +270,18 @@ class NotFinite(Exception):
         self.updates, self.position = updates, position
 
 
-def train(config: TrainConfig, images: Images, programs: Programs | None = None) -> None:
+def train(
+    config: TrainConfig,
+    images: Images,
+    validate: Validate | None = None,
+    programs: Programs | None = None,
+) -> None:
     """Makes a run's updates; the first process writes metrics, all of them checkpoints.
 
     Args:
       config: its options.
       images: to train on.
+      validate: measures a point of the learning curve; see `evaluation/validation.py`.
       programs: of runs before, so that what they share is not compiled again; whoever gives them
         closes them.
 
@@ -362,19 +292,27 @@ def train(config: TrainConfig, images: Images, programs: Programs | None = None)
     """
     # A file may be found damaged: before a folder is made.
     architecture_source(config, images.image_size)
+    if config.run.validate_every and validate is None:
+        raise ValueError(
+            f"--validate-every is {config.run.validate_every}, but there is nothing to measure; "
+            "give train() what load_validation(config) returns"
+        )
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(lock(config.run.out))
+            stack.enter_context(train_log(config))
         run, compilations = setup(config, images, programs), CompilationCounter()
         stack.enter_context(closing(run.step))
         stack.enter_context(run.checkpoints)
         listener = stack.enter_context(Listener())
+        if run.done:
+            EVENTS.info("resumed after update %d", run.done)
         try:
-            _make_updates(run, images, listener, compilations)
+            _make_updates(run, images, validate, listener, compilations)
         except NotFinite as error:
             run = _go_back(run, error)
             try:
-                _make_updates(run, images, listener, compilations)
+                _make_updates(run, images, validate, listener, compilations)
             except NotFinite as again:
                 raise _hopeless(run, again) from None
 
@@ -383,10 +321,13 @@ def _go_back(run: Run, error: NotFinite) -> Run:
     """The run at its last checkpoint, with the architectures after those that failed."""
     if run.checkpoints.latest() is None:
         raise _hopeless(run, error)
-    state, _ = _load(run.checkpoints, run.step, run.state)
-    run = run._replace(state=state, done=int(state.step), position=error.position)
-    tqdm.write(f"the last updates, {error.updates} in a row, were not finite: going back to the "
-               f"checkpoint of update {run.done}, on with other architectures")  # fmt: skip
+    run = at_checkpoint(run)._replace(position=error.position)
+    text = (
+        f"the last updates, {error.updates} in a row, were not finite: going back to the "
+        f"checkpoint of update {run.done}, on with other architectures"
+    )
+    tqdm.write(text)
+    EVENTS.warning(text)
     return run
 
 
@@ -401,7 +342,11 @@ def _hopeless(run: Run, error: NotFinite) -> FloatingPointError:
 
 
 def _make_updates(
-    run: Run, images: Images, listener: Listener, compilations: CompilationCounter
+    run: Run,
+    images: Images,
+    validate: Validate | None,
+    listener: Listener,
+    compilations: CompilationCounter,
 ) -> None:
     """From where a run is to its end."""
     config, size, state = run.config, run.config.data.batch_size, run.state
@@ -411,7 +356,8 @@ def _make_updates(
     batches = prefetch(train_batches(images, size, seed=config.run.seed, start_step=run.done))
     alone = jax.process_count() == 1
     bad, due, asked, saved = 0, False, NOTHING, time.monotonic()
-    with closing(updates), closing(batches), closing(Log(run, compilations)) as log:
+    log = Log(config, run.done, run.total, run.position, compilations)
+    with closing(updates), closing(batches), closing(log):
         issued = []
         for step in range(run.done + 1, run.total + 1):
             start = time.perf_counter()
@@ -420,7 +366,13 @@ def _make_updates(
             late = time.monotonic() - saved > 60 * config.run.save_minutes
             request = STOP if listener.heard else SAVE if late else NOTHING
             state, metrics = run.step(state, update, *image_batch, request)
-            issued.append((step, metrics, update.batch, waited))
+            validated = None
+            every = config.run.validate_every
+            if every and validate and step % every == 0:
+                params = run.step.whole(state.trained)  # of all processes
+                if jax.process_index() == 0:
+                    validated = validate(run.step.ghn, params, run.step.engine)
+            issued.append((step, metrics, update.batch, waited, validated))
             last = step == run.total
             due |= last or step % config.run.save_every == 0
             if alone:
@@ -445,4 +397,7 @@ def _make_updates(
                 raise Stopped
         if bad:
             raise NotFinite(bad, update.batch.position)
-        log.end(run)
+        log.say(
+            f"{run.total} updates; {compilations.count} programs, {compilations.seconds:.0f} s "
+            f"compiling them. Checkpoint and metrics in {config.run.out}"
+        )

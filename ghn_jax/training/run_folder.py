@@ -22,8 +22,9 @@ _LOCK = "run.lock"
 
 # Options that may change when a run goes on: where and how long it runs, not what comes out.
 _FREE = {
-    "data_dir", "epochs", "steps", "init", "out", "resume", "override", "save_every",
-    "save_minutes", "workers", "mesh", "coordinator", "process_id", "num_processes", "cache_dir",
+    "data_dir", "epochs", "steps", "init", "out", "resume", "override", "replay", "save_every",
+    "save_minutes", "validate_every", "validate_nets", "tensorboard", "workers", "mesh",
+    "coordinator", "process_id", "num_processes", "cache_dir",
 }  # fmt: skip
 
 

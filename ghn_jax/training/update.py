@@ -313,6 +313,23 @@ class MetaStep:
         gradient = update.encode_backward(params, batch.graph, residuals, tuple(sums))
         return [totals for totals, _ in results], gradient
 
+    def values(
+        self, params, update: Update, images: jax.Array, step
+    ) -> list[tuple[dict[str, Arrays], dict[int, jax.Array], jax.Array]]:
+        """All that an update computes forwards: of each network tiles, values and logits.
+
+        Args:
+          params, update, images, step: see `gradient`.
+        """
+        *_, tiles = self._predict(update, params)
+        found = []
+        for network, own, member in zip(update.networks, tiles, update.batch.members, strict=True):
+            dropout = len(network.plan.wiring.head.dims) > 2
+            seed = (np.int32(self.seed), step, np.int32(member)) if dropout else None
+            logits, trace = self.engine.forward(network, own, images, keep=True, seed=seed)
+            found.append((own, trace.values, logits))
+        return found
+
     def logits(self, params, update: Update, images: jax.Array) -> list[jax.Array]:
         """(B, classes) of each network, without dropout."""
         *_, tiles = self._predict(update, params)

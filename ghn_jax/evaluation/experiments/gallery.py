@@ -186,7 +186,7 @@ def _hypernetworks(config: Config) -> tuple[Path, ...]:
         check(training)
     with closing(Programs()) as programs:
         for training in configs:
-            train(training, load_images(training.data.dataset, "train"), programs)
+            train(training, load_images(training.data.dataset, "train"), programs=programs)
     from ghn_jax.plot.charts import training_curve  # matplotlib is of an extra
 
     for training in configs:

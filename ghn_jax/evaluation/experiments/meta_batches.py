@@ -93,7 +93,7 @@ def _train(config: Config) -> tuple[Path, ...]:
         with closing(Programs()) as programs:
             for options in todo:
                 print(f"training with meta-batches of {options.space.meta_batch}")
-                train(options, images, programs)
+                train(options, images, programs=programs)
                 folder = options.run.out
                 records.add({"name": folder.name, **describe_run(*read_run(folder))})
     return tuple(options.run.out for options in made)

@@ -40,7 +40,7 @@ def train_ghn(config: TrainConfig, images: Images, programs: Programs) -> dict:
     if latest is None or latest < (config.data.steps or np.inf):
         config = config.replace(resume=latest is not None)
         check(config)
-        train(config, images, programs)
+        train(config, images, programs=programs)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     updates = [json.loads(line) for line in lines]
     return {
