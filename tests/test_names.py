@@ -211,7 +211,7 @@ def test_predicting_a_model(ckpt, tmp_path, capsys):
     [
         (["--net", "resnet18", "--split", "test"], "--net or --split"),
         ([], "--net or --split"),
-        (["--net", "alexnet"], "alexnet does not exist; give a JSON file or one of"),
+        (["--net", "lenet"], "lenet does not exist; give a JSON file or one of"),
         (["--split", "test", "--index", "500"], "--index is 500; allowed: 0 to 499"),
     ],
 )

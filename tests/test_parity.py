@@ -119,7 +119,7 @@ def test_relative_error():
 def test_a_folder_without_anything(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="holds nothing to check"):
         main([str(tmp_path)])
-    entry = {"file": "a.npz", "ghn": "ghn2", "net": {"torchvision": "alexnet"}}
+    entry = {"file": "a.npz", "ghn": "ghn2", "net": {"torchvision": "lenet"}}
     (tmp_path / "index.json").write_text(json.dumps([entry]))
     with pytest.raises(SystemExit) as ended:
         main([str(tmp_path)])
