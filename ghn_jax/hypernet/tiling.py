@@ -66,8 +66,8 @@ def undecodable(shape: tuple[int, ...], max_shape: tuple[int, int, int, int]) ->
         return "supported are vectors, matrices, 4-dimensional kernels and layer scales (C, 1, 1)"
     if len(shape) == 4 and (shape[2] > max_shape[2] or shape[3] > max_shape[3]):
         return (
-            f"kernels of this hypernetwork go up to {max_shape[2]}x{max_shape[3]}; use one with a "
-            "larger max_shape"
+            f"kernels of this hypernetwork go up to {max_shape[2]}x{max_shape[3]}, grids of "
+            "positions as well; use one with a larger max_shape"
         )
     return None
 

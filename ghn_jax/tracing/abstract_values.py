@@ -142,6 +142,8 @@ def regroup(axes: Sequence, shape: Sequence[int]) -> Axes:
         group, have = [], 1
         while have < size and atoms:
             label, n = atoms.pop()
+            if n == 1 and label == SPACE:  # of an image of one pixel: nothing lies along it
+                continue
             if size % (have * n):  # the atom is split
                 part = size // have
                 if part == 0 or n % part:

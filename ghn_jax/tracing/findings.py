@@ -56,6 +56,7 @@ class Findings:
       names, shapes: of the parameters.
       roles: parameter -> its placement by each row that uses it, in order; `node` is the row.
       reasons: parameter -> why no node makes it.
+      products: rows of products of activations that are no part of attention so far -> where.
     """
 
     def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
@@ -63,6 +64,7 @@ class Findings:
         self.names, self.shapes = names, shapes
         self.roles: dict[int, list[Placement]] = {}
         self.reasons: dict[int, str] = {}
+        self.products: dict[int, str] = {}
         self._notes: dict[str, dict[str, None]] = {}
 
     # --- What is told ---
@@ -159,7 +161,8 @@ class Findings:
             roles |= mine
         if p.rescaled and not p.changed:
             self.note(
-                "the model rescales {} before it is used (weight or spectral norm)",
+                "the model rescales {} before it is used (weight or spectral norm, "
+                "standardisation)",
                 self.names[p.leaf],
             )
         row = self.flow.add(
@@ -200,6 +203,13 @@ class Findings:
             if row.primitive == "bias" and row.weight and row.weight[0] in tokens:
                 self.roles.pop(row.weight[0], None)
                 row.primitive, row.shape = THROUGH, None
+
+    def tell_products(self) -> None:
+        """Notes products of activations that turned out to be no attention's scores."""
+        for where in self.products.values():
+            self.note(
+                "a product of activations in {} is no attention; edges pass through it", where
+            )
 
     # --- Values ---
 

@@ -90,10 +90,20 @@ class Flow:
             if at in seen or at <= row:
                 continue
             seen.add(at)
-            if self.rows[at].primitive == "glob_avg" and self.rows[at].sources == [row]:
-                means.append(at)
+            if self.rows[at].primitive == "glob_avg":
+                (pooled,) = self.rows[at].sources  # perhaps parts of the row, added up
+                means += [at] * (self.origin(pooled) == row)
             ahead += self.rows[at].sources
         return means
+
+    def scores(self, row: int) -> int | None:
+        """The scores that a row is made of, if by layers one after another (talking heads)."""
+        while self.rows[row].primitive in ("conv", "bias", "bn", "ln", THROUGH):
+            sources = {*self.rows[row].sources}
+            if len(sources) != 1:
+                return None
+            (row,) = sources
+        return row if self.rows[row].primitive == SCORES else None
 
     def _gone(self) -> set[int]:
         """Rows that are no nodes.

@@ -225,6 +225,7 @@ def read_graph(
     if isinstance(last, (Constant, Parameter)):
         raise ValueError("the model's output does not depend on its input; nothing to predict")
     reader.forget_tokens()
+    reader.tell_products()
     classes = (output.shape or (1,))[-1]
     graph, kept = reader.flow.graph(reader.activation(last).row, virtual_edges, classes)
     node_of = {row: node for node, row in enumerate(kept)}

@@ -82,7 +82,7 @@ class Layers(Elementwise):
         if len(data) == 2 or query:
             for p in parameters:
                 self.leave(p, f"multiplied image by image {said_of(where)}, as learned queries are")
-            return Activation(self._attention([self.activation(x).row for x in data]), axes)
+            return Activation(self._attention([self.activation(x).row for x in data], where), axes)
         if data and parameters and side:
             swapped = self._dense(b, a, contract[::-1], batch[::-1], where)
             row, batch_axes, x_free, p_free = swapped
@@ -115,13 +115,18 @@ class Layers(Elementwise):
         p_free = [tuple((CHANNEL, n) for _, n in p.axes[i]) for i in free]
         return row, x_batch, x_free, p_free
 
-    def _attention(self, rows: list[int]) -> int:
+    def _attention(self, rows: list[int], where: str) -> int:
         """The row of a product of activations: `msa` where some of them are scores."""
-        for scores in rows:
-            if self.flow.rows[scores].primitive == SCORES:
-                values = [row for row in rows if row != scores]
-                return self.flow.add("msa", [*self.flow.rows[scores].sources, *values])
-        return self.flow.add(SCORES, rows)
+        scores = {row: self.flow.scores(row) for row in rows}
+        direct = [row for row in rows if scores[row] == row]
+        found = direct or [row for row in rows if scores[row] is not None]
+        if not direct and len(found) != 1:  # of queries and keys, both may be made of products
+            row = self.flow.add(SCORES, rows)
+            self.products[row] = where
+            return row
+        self.products.pop(scores[found[0]], None)
+        read = self.flow.rows[found[0]].sources if direct else found
+        return self.flow.add("msa", [*read, *(row for row in rows if row != found[0])])
 
     def window(self, eqn, x: Value, shape, where: str) -> Value:
         """Pooling."""
@@ -137,7 +142,7 @@ class Layers(Elementwise):
         if not name:  # any function; its jaxpr is one operation
             name = "_max" if "max" in str(params["jaxpr"]) else "_sum"
         before = eqn.invars[0].aval.shape
-        if name == "_sum" and all(size[i] >= before[i] for i in space):
+        if name == "_sum" and all(size[i] >= before[i] and shape[i] == 1 for i in space):
             scope = Scope(frozenset(SPACE), labels_of(x.axes) - {SPACE})
             return Statistic(self.activation(x).row, resize(x.axes, shape), scope)
         if name not in ("_max", "_sum"):
@@ -185,6 +190,9 @@ class Layers(Elementwise):
         rows = [self.activation(x).row for x in data]
         if len(rows) == 1:
             return dataclasses.replace(self.activation(data[0]), axes=axes)
+        origins = {self.flow.origin(row) for row in rows}
+        if len(origins) == 1:  # parts of one value, such as the halves that RoPE turns
+            return Activation(origins.pop(), axes)
         return Activation(self.flow.join("concat", rows), axes)
 
     def view(self, eqn, x: Value, others: Sequence[Constant], output: int, shape) -> Value:
