@@ -6,6 +6,8 @@ it was.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +19,17 @@ import numpy as np
 
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
-from ghn_jax.deepnets1m.reader import STORED_PATHS, FileGraph, Tables, meta_path
+from ghn_jax.deepnets1m.reader import (
+    GRAPH_DIGESTS,
+    META_DIGEST,
+    STORED_PATHS,
+    FileGraph,
+    Tables,
+    graph_digest,
+    meta_path,
+)
 from ghn_jax.deepnets1m.sampling import Rules, reference_size
+from ghn_jax.files.replace import written_beside
 
 
 def entry_and_graph(arch: Architecture, rules: Rules) -> tuple[dict[str, Any], FileGraph]:
@@ -71,16 +82,22 @@ def _local(name: str) -> str:
 def _write_split(
     group: h5py.Group, networks: Iterable[tuple[Mapping, FileGraph]], tables: Tables
 ) -> dict:
-    primitives, names, entries = _Names(tables.primitives), _Names(tables.names), []
+    primitives, names = _Names(tables.primitives), _Names(tables.names)
+    entries, digests = [], []
     for i, (entry, graph) in enumerate(networks):
         rows = zip(graph.extended, graph.cells.tolist(), graph.names, strict=True)
-        nodes = [(primitives(p), cell, names(_local(name))) for p, cell, name in rows]
+        nodes = np.array(
+            [(primitives(p), cell, names(_local(name))) for p, cell, name in rows], np.uint16
+        )
         group.create_dataset(f"{i}/adj", data=graph.distances)
-        group.create_dataset(f"{i}/nodes", data=np.array(nodes, np.uint16))
+        group.create_dataset(f"{i}/nodes", data=nodes)
         entries.append(dict(entry))
+        place = f"{group.name.removeprefix('/')}/{i}"
+        digests.append(graph_digest(graph.distances, nodes, place))
     return {
         "nets": entries,
         "meta": {"primitives_ext": primitives.table(), "unique_op_names": names.table()},
+        GRAPH_DIGESTS: digests,
     }
 
 
@@ -91,7 +108,8 @@ def write_deepnets1m(
 ) -> None:
     """Writes an official HDF5 file and, beside it, its meta file.
 
-    Both appear under their names only when they are complete.
+    Both appear under their names only when they are complete. They hold digests of what is in them,
+    which the authors' code passes over.
 
     Args:
       path: the HDF5 file, such as 'deepnets1m_eval.hdf5'.
@@ -101,25 +119,30 @@ def write_deepnets1m(
 
     Raises:
       FileExistsError: one of the files exists.
+      OSError: they could not be written; nothing is left of them.
     """
     path = Path(path)
     targets = (path, meta_path(path))
     for target in targets:
         if target.exists():
             raise FileExistsError(f"{target} exists; remove it or give another name")
-    partial = [target.with_name(target.name + ".partial") for target in targets]
-    try:
-        with h5py.File(partial[0], "w") as file:
-            file.attrs["title"] = "DeepNets-1M"
-            meta = {
-                split: _write_split(
-                    file.create_group(split), networks, (tables or {}).get(split, Tables((), ()))
-                )
-                for split, networks in splits.items()
-            }
-        partial[1].write_text(json.dumps(meta), encoding="utf-8")
-        for source, target in zip(partial, targets, strict=True):
-            source.rename(target)
-    finally:
-        for leftover in partial:
-            leftover.unlink(missing_ok=True)
+    known, none = tables or {}, Tables((), ())
+    with contextlib.ExitStack() as stack:
+        # Entered first, renamed last: where there is the HDF5 file, there is its meta file.
+        beside, meta_beside = (stack.enter_context(written_beside(target)) for target in targets)
+        try:
+            with h5py.File(beside, "w") as file:
+                file.attrs["title"] = "DeepNets-1M"
+                meta = {
+                    split: _write_split(
+                        file.create_group(split),
+                        networks,
+                        (tables or {}).get(split, Tables((), ())),
+                    )
+                    for split, networks in splits.items()
+                }
+                content = json.dumps(meta).encode()
+                file.attrs[META_DIGEST] = hashlib.sha256(content).hexdigest()
+        except RuntimeError as error:  # a full disk, where HDF5 closes the file
+            raise OSError(str(error)) from error
+        meta_beside.write_bytes(content)

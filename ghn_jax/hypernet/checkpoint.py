@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import json
 import logging
 import sys
@@ -22,9 +21,12 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from ghn_jax.files.digest import digest_of_arrays, with_digest, without_digest
+from ghn_jax.files.json_file import read_json
+from ghn_jax.files.replace import write_beside
 from ghn_jax.hypernet.ghn import GHN
 
-_CONFIG, _CHECKPOINTS, _DIGEST = "config.json", "checkpoints", "digest"
+_CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
 
 
 def ghn_config(ghn: GHN) -> dict[str, Any]:
@@ -100,11 +102,8 @@ class Checkpoints:
     def write_config(self, ghn: GHN, **more: Any) -> None:
         """Writes `config.json`: the hypernetwork's fields and whatever else is JSON."""
         self.path.mkdir(parents=True, exist_ok=True)
-        config = json.loads(json.dumps({"ghn": ghn_config(ghn), **more}))
-        text = json.dumps({**config, _DIGEST: _digest_of_json(config)}, indent=2)
-        temporary = self.path / (_CONFIG + ".part")
-        temporary.write_text(text + "\n")
-        temporary.replace(self.path / _CONFIG)
+        text = json.dumps(with_digest({"ghn": ghn_config(ghn), **more}), indent=2)
+        write_beside(self.path / _CONFIG, text + "\n")
 
     def config(self) -> dict[str, Any]:
         """Reads `config.json`.
@@ -118,20 +117,10 @@ class Checkpoints:
             raise FileNotFoundError(
                 f"{self.path} holds no {_CONFIG}; give a folder written by training or by save_ghn"
             )
-        try:
-            config = json.loads(path.read_text())
-            config["ghn"].keys()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); it should be JSON with a key 'ghn'"
-            ) from None
-        digest = config.pop(_DIGEST, None)
-        if digest is not None and digest != _digest_of_json(config):
-            raise ValueError(
-                f"{path} is not as it was written: its digest differs. Restore it; or, if you "
-                f"changed it on purpose, remove its last key, {_DIGEST!r}"
-            )
-        return config
+        config = read_json(path, "restore it from a copy")
+        if not isinstance(config, dict) or not isinstance(config.get("ghn"), dict):
+            raise ValueError(f"{path} is damaged; it should be JSON with a key 'ghn'")
+        return without_digest(config, path)
 
     def ghn(self) -> GHN:
         """The hypernetwork that `config.json` describes."""
@@ -245,18 +234,9 @@ class Checkpoints:
         return step, position, trees
 
 
-def _digest_of_json(config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
 def _digest(step: int, position: int, tree: Any) -> str:
     """SHA-256 of a checkpoint's place and of a tree's numbers, in the order of its leaves."""
-    digest = hashlib.sha256(f"{step} {position}".encode())
-    for leaf in jax.tree.leaves(tree):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
-    return digest.hexdigest()
+    return digest_of_arrays(jax.tree.leaves(tree), f"{step} {position}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,6 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ghn_jax.files.replace import written_beside
+
 DTYPES = {
     "FloatStorage": np.dtype(np.float32),
     "DoubleStorage": np.dtype(np.float64),
@@ -210,11 +212,12 @@ def write_torch(tree: Any, path: str | Path) -> None:
     path = Path(path)
     writer = _Writer()
     writer.write(tree)
-    part = path.with_name(path.name + ".part")
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        written_beside(path) as beside,
+        zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive,
+    ):
         archive.writestr(f"{path.stem}/data.pkl", bytes(writer.out) + b".")
         archive.writestr(f"{path.stem}/byteorder", "little")
         for key, array in enumerate(writer.storages):
             archive.writestr(f"{path.stem}/data/{key}", array.tobytes())
         archive.writestr(f"{path.stem}/version", "3\n")
-    part.replace(path)

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ghn_jax.files.replace import written_beside
+
 FORMATS = (".png", ".pdf")
 
 
@@ -40,7 +42,8 @@ def save(figure: Figure, path: pathlib.Path | None) -> Figure:
     if path is not None:
         # Without a date, the same graph gives the same PDF, byte for byte.
         dated = path.suffix.lower() == ".pdf"
-        figure.savefig(path, metadata={"CreationDate": None} if dated else None)
+        with written_beside(path) as beside:
+            figure.savefig(beside, metadata={"CreationDate": None} if dated else None)
     return figure
 
 
