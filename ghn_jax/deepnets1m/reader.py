@@ -30,6 +30,7 @@ from ghn_jax.deepnets1m.sampling import Rules, rules_of, seeded, set_width
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.files.digest import digest_of_arrays
 from ghn_jax.files.json_file import parse_json, read_json
+from ghn_jax.files.messages import in_a_line
 
 # On ImageNet the authors' loader widens `wide` by less than on CIFAR-10.
 _IMAGENET_WIDEN = 2
@@ -136,7 +137,9 @@ def _read_meta(path: Path, digest: str | None) -> dict[str, Any]:
     try:
         meta = parse_json(content)
     except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is truncated or not JSON ({error}); download it again") from None
+        raise ValueError(
+            f"{path} is truncated or not JSON ({in_a_line(error)}); download it again"
+        ) from None
     _require(isinstance(meta, dict), f"{path} holds no splits; expected a JSON object of splits")
     _require(
         digest is None or digest == hashlib.sha256(content).hexdigest(),
@@ -183,7 +186,9 @@ def _open_hdf5(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise ValueError(f"{path} is truncated or not HDF5 ({error}); download it again") from error
+        raise ValueError(
+            f"{path} is truncated or not HDF5 ({in_a_line(error)}); download it again"
+        ) from error
 
 
 def _choose_split(
@@ -269,7 +274,9 @@ class DeepNets1M:
                 digest, present = file.attrs.get(META_DIGEST), list(file)
                 sizes = {name: len(file[name]) for name in present}
             except _DAMAGED as error:
-                raise ValueError(f"{path} is damaged ({error}); download it again") from error
+                raise ValueError(
+                    f"{path} is damaged ({in_a_line(error)}); download it again"
+                ) from error
         meta = _read_meta(meta_path(path), digest)
         split = _choose_split(split, present, meta, path)
         graphs, meta = sizes[split], meta[split]
@@ -372,7 +379,7 @@ class DeepNets1M:
                     distances, nodes = _stored(distances, (n, n)), _stored(nodes, (n, 3))
         except _DAMAGED as error:
             raise ValueError(
-                f"{where} cannot be read ({error}); download the file again"
+                f"{where} cannot be read ({in_a_line(error)}); download the file again"
             ) from error
         _require(
             fit,

@@ -126,7 +126,7 @@ def write_deepnets1m(
     for target in targets:
         if target.exists():
             raise FileExistsError(f"{target} exists; remove it or give another name")
-    known, none = tables or {}, Tables((), ())
+    known = tables or {}
     with contextlib.ExitStack() as stack:
         # Entered first, renamed last: where there is the HDF5 file, there is its meta file.
         beside, meta_beside = (stack.enter_context(written_beside(target)) for target in targets)
@@ -135,9 +135,7 @@ def write_deepnets1m(
                 file.attrs["title"] = "DeepNets-1M"
                 meta = {
                     split: _write_split(
-                        file.create_group(split),
-                        networks,
-                        (tables or {}).get(split, Tables((), ())),
+                        file.create_group(split), networks, known.get(split, Tables((), ()))
                     )
                     for split, networks in splits.items()
                 }

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ghn_jax.files.messages import in_a_line
+
 
 def parse_json(text: str | bytes) -> Any:
     """JSON as data.
@@ -34,4 +36,6 @@ def read_json(path: str | os.PathLike[str], advice: str) -> Any:
     try:
         return parse_json(Path(path).read_bytes())
     except ValueError as error:  # of its encoding, too
-        raise ValueError(f"{path} is truncated or not JSON ({error}); {advice}") from None
+        raise ValueError(
+            f"{path} is truncated or not JSON ({in_a_line(error)}); {advice}"
+        ) from None

@@ -12,6 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from ghn_jax.files.digest import DIGEST, digest_of_arrays
+from ghn_jax.files.messages import in_a_line
 from ghn_jax.files.replace import write_beside
 
 
@@ -57,8 +58,11 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], d
             metadata = dict(file.metadata() or {})
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {in_a_line(error)}") from None
     digest = metadata.pop(DIGEST, None)
     if digest is not None and digest != _digest(arrays, metadata):
-        raise ValueError(f"{path} is damaged: its numbers are not those that were written")
+        raise ValueError(
+            f"{path} is damaged: its numbers are not those that were written. Restore it; or, if "
+            f"you changed it on purpose, remove {DIGEST!r} from its metadata"
+        )
     return arrays, metadata

@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ghn_jax.files.digest import digest_of_arrays, with_digest, without_digest
 from ghn_jax.files.json_file import read_json
+from ghn_jax.files.messages import in_a_line
 from ghn_jax.files.replace import write_beside
 from ghn_jax.hypernet.ghn import GHN
 
@@ -130,7 +132,7 @@ class Checkpoints:
         """The last checkpoint's step, None if there is none."""
         if not (self.path / _CHECKPOINTS).is_dir():
             return None
-        with self._open() as checkpointer:
+        with _quiet(), self._open() as checkpointer:
             return checkpointer.latest.step if checkpointer.latest else None
 
     def save(self, step: int, position: int, **trees: Any) -> None:
@@ -190,18 +192,19 @@ class Checkpoints:
             )
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         problem = ""
-        with self._open() as checkpointer:
+        with _quiet(), self._open() as checkpointer:
             for step in sorted((c.step for c in checkpointer.checkpoints), reverse=True):
-                with _quiet():
-                    try:
-                        found = self._load(checkpointer, step, sharding, like)
-                    except _Misfit as error:
-                        misfit, damage = error, str(error)
-                    except Exception as error:  # damage comes out of Orbax as any of many kinds
-                        misfit, damage = None, _first_line(error)
-                    else:
-                        break
-                    gc.collect()  # what Orbax has left waiting says so when it is dropped
+                try:
+                    found = self._load(checkpointer, step, sharding, like)
+                except _Misfit as error:
+                    misfit, damage = error, str(error)
+                except Exception as error:  # damage comes out of Orbax as any of many kinds
+                    misfit, damage = None, in_a_line(error)
+                else:
+                    break
+                # What Orbax has left waiting says so when it is dropped, or a moment later.
+                gc.collect()
+                time.sleep(0.05)
                 if not problem:
                     problem, first = (
                         f"checkpoint {step} in {self.path} is damaged ({damage})",
@@ -239,22 +242,24 @@ def _digest(step: int, position: int, tree: Any) -> str:
     return digest_of_arrays(jax.tree.leaves(tree), f"{step} {position}")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What Orbax's threads print of a damaged checkpoint is left out: it is told in a sentence."""
+    """What Orbax says of a damaged checkpoint is left out: it is told in a sentence."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.excepthook
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def others(unraisable) -> None:
+        # Reads that were on their way report to an event loop that is closed by now.
+        if unraisable.object is not None or not isinstance(unraisable.exc_value, RuntimeError):
+            hook(unraisable)
+
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    sys.excepthook = lambda *_: None
+    sys.unraisablehook = others
     try:
         yield
     finally:
-        sys.excepthook = hook
+        sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -266,7 +271,7 @@ def _as_one_sentence(path: Path, step: int) -> Iterator[None]:
         yield
     except Exception as error:  # a full disk comes out as any of several kinds
         raise OSError(
-            f"checkpoint {step} could not be written to {path} ({_first_line(error)}); the one "
+            f"checkpoint {step} could not be written to {path} ({in_a_line(error)}); the one "
             "before it is as it was. Make room, and go on with --resume"
         ) from error
 

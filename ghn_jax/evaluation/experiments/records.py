@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ghn_jax.files.digest import with_digest, without_digest
+from ghn_jax.files.digest import DIGEST, with_digest, without_digest
 from ghn_jax.files.json_file import parse_json, read_json
 from ghn_jax.files.replace import write_beside
 
@@ -31,8 +31,13 @@ def describe(experiment: str, config: Any, *, without: Collection[str]) -> dict[
     return json.loads(json.dumps({"experiment": experiment, **options}, default=str))
 
 
-def _complete(path: Path) -> list[dict]:
-    """The records of a file; a last line that was cut off is not one."""
+def _complete(path: Path, *, signed: bool) -> list[dict]:
+    """The records of a file; a last line that was cut off is not one.
+
+    Args:
+      path: of the file.
+      signed: whether all of them have a digest.
+    """
     records = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -47,6 +52,8 @@ def _complete(path: Path) -> list[dict]:
             raise ValueError(f"{where}, is damaged ({error}); {advice}") from error
         if not isinstance(record, dict) or "name" not in record:
             raise ValueError(f"{where}, is no record: it has no 'name'; {advice}")
+        if signed and DIGEST not in record:
+            raise ValueError(f"{where}, is damaged: it has no digest; {advice}")
         records.append(without_digest(record, f"{where} ({advice})"))
     return records
 
@@ -123,8 +130,15 @@ def read_records(folder: str | Path) -> dict[str, dict]:
     Raises:
       ValueError: a line is damaged.
     """
-    files = sorted(Path(folder).glob("records*.jsonl"))
-    return {record["name"]: record for path in files for record in _complete(path)}
+    folder = Path(folder)
+    # Folders of before have no digests, nor have their first records.
+    settings = folder / _SETTINGS
+    signed = settings.exists() and f'"{DIGEST}"'.encode() in settings.read_bytes()
+    return {
+        record["name"]: record
+        for path in sorted(folder.glob("records*.jsonl"))
+        for record in _complete(path, signed=signed)
+    }
 
 
 def count_records(folder: str | Path) -> int:

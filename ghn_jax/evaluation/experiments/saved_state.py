@@ -16,6 +16,7 @@ import numpy as np
 
 from ghn_jax.files.digest import DIGEST, digest_of_arrays
 from ghn_jax.files.json_file import parse_json
+from ghn_jax.files.messages import in_a_line
 from ghn_jax.files.replace import write_beside
 
 _RECORD = "record"
@@ -69,8 +70,10 @@ class SavedState:
             if digest is not None and digest != digest_of_arrays(found, text):
                 raise ValueError("its digest differs")
         except _DAMAGED as error:
-            raise ValueError(f"{self.path} is damaged ({error}); remove it, and its network "
-                             "is trained from the start") from error  # fmt: skip
+            raise ValueError(
+                f"{self.path} is damaged ({in_a_line(error)}); remove it, and its network is "
+                "trained from the start"
+            ) from error
         for have, want in zip(found, leaves, strict=True):
             if have.shape != np.shape(want):
                 raise ValueError(
