@@ -333,7 +333,8 @@ def test_small_pickles_that_ask_for_much(name, tmp_path, memory):
         if read is read_joblib:
             path.write_bytes(BOMBS[name])
         try:
-            read(path)
+            with memory:
+                read(path)
         except ValueError as error:
             check_message(error, tmp_path)
         else:
@@ -454,14 +455,15 @@ def test_compiled_programs_are_those_that_were_written(tmp_path):
 
 def test_damaged_programs_are_found_out(tmp_path):
     rng = np.random.default_rng(0)
-    content = {f"jit_f-{i}-cache": rng.bytes(2000) for i in range(3)}
+    names = [f"jit_f-{i:064}-cache" for i in range(3)]
+    content = {name: zlib.compress(rng.bytes(2000)) for name in names}
     for i in range(20 * TIMES):
         folder = tmp_path / str(i)
         folder.mkdir()
         for name, data in content.items():
             (folder / name).write_bytes(data)
         ProgramDigests(folder).list_new()
-        name = f"jit_f-{i % 3}-cache"
+        name = names[i % 3]
         path = folder / ("SHA256SUMS" if i % 4 == 3 else name)
         before = path.read_bytes()
         path.write_bytes(damaged(before, rng))
@@ -472,3 +474,24 @@ def test_damaged_programs_are_found_out(tmp_path):
         assert all(content[name] == data for name, data in left.items())
         if path.name != "SHA256SUMS" and path.exists():
             assert path.read_bytes() == before
+
+
+def test_programs_that_were_cut_off_are_compiled_again(tmp_path, capsys):
+    """By a full disk, or a process that was killed as it wrote; others' files stay."""
+    program = zlib.compress(bytes(1000))
+    names = [f"jit_f-{i:064}-cache" for i in range(6)]
+    for name in names:
+        (tmp_path / name).write_bytes(program if name == names[0] else program[:-3])
+    digests = ProgramDigests(tmp_path)
+    for _ in range(2):
+        digests.list_new()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "are not kept in" in said
+    listed = (tmp_path / "SHA256SUMS").read_text().splitlines()
+    assert [line.split()[1] for line in listed] == names[:1]
+    theirs = tmp_path / "notes-cache"
+    theirs.write_text("")
+    with pytest.warns(UserWarning, match="5 compiled programs in .* were damaged"):
+        ProgramDigests(tmp_path).remove_damaged()
+    assert {p.name for p in tmp_path.iterdir()} == {names[0], theirs.name, "SHA256SUMS"}

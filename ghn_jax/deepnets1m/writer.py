@@ -10,9 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -101,6 +101,46 @@ def _write_split(
     }
 
 
+class _Sink:
+    """A file that HDF5 writes to: some versions of it crash where writing fails.
+
+    It is told of no failure, and what it writes after one is dropped; `checked` tells.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._error: OSError | None = None
+        self.seek, self.tell, self.readinto = file.seek, file.tell, file.readinto
+
+    def write(self, data) -> int:
+        self._try(self._file.write, data)
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        self._try(self._file.truncate, size)
+        return size or 0
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, act: Callable, *args: Any) -> None:
+        if self._error is None:
+            try:
+                act(*args)
+            except OSError as error:
+                self._error = error
+
+    def checked(self, passed: Any = None) -> Any:
+        """Passes something on if all has been written so far.
+
+        Raises:
+          OSError: that of the first failure.
+        """
+        if self._error is not None:
+            raise self._error
+        return passed
+
+
 def write_deepnets1m(
     path: str | os.PathLike[str],
     splits: Mapping[str, Iterable[tuple[Mapping[str, Any], FileGraph]]],
@@ -130,17 +170,18 @@ def write_deepnets1m(
     with contextlib.ExitStack() as stack:
         # Entered first, renamed last: where there is the HDF5 file, there is its meta file.
         beside, meta_beside = (stack.enter_context(written_beside(target)) for target in targets)
-        try:
-            with h5py.File(beside, "w") as file:
-                file.attrs["title"] = "DeepNets-1M"
-                meta = {
-                    split: _write_split(
-                        file.create_group(split), networks, known.get(split, Tables((), ()))
-                    )
-                    for split, networks in splits.items()
-                }
-                content = json.dumps(meta).encode()
-                file.attrs[META_DIGEST] = hashlib.sha256(content).hexdigest()
-        except RuntimeError as error:  # a full disk, where HDF5 closes the file
-            raise OSError(str(error)) from error
+        sink = _Sink(stack.enter_context(beside.open("wb+")))
+        with h5py.File(sink, "w") as file:
+            file.attrs["title"] = "DeepNets-1M"
+            meta = {
+                split: _write_split(
+                    file.create_group(split),
+                    map(sink.checked, networks),
+                    known.get(split, Tables((), ())),
+                )
+                for split, networks in splits.items()
+            }
+            content = json.dumps(meta).encode()
+            file.attrs[META_DIGEST] = hashlib.sha256(content).hexdigest()
+        sink.checked()
         meta_beside.write_bytes(content)

@@ -11,15 +11,32 @@ import atexit
 import functools
 import hashlib
 import os
+import re
+import sys
 import threading
 import warnings
+import zlib
 from pathlib import Path
 
 import jax
 
 _DIGESTS = "SHA256SUMS"
 _LIST_EVERY = 64  # programs that are new in a folder
+_MANY = 4  # programs that are not whole
+_PROGRAM = re.compile(r"[\w.<>-]+-[0-9a-f]{64}-cache")  # as JAX names them
 _WRITE_EVENT = "/jax/compilation_cache/cache_misses"
+
+
+def _cut_off(content: bytes) -> bool:
+    """Whether a program is not whole: a full disk, or a process that was killed as it wrote."""
+    if not content.startswith(b"\x78"):  # of zlib; others are left to JAX
+        return not content
+    decompressor = zlib.decompressobj()
+    try:
+        decompressor.decompress(content)
+    except zlib.error:
+        return True
+    return not decompressor.eof
 
 
 class ProgramDigests:
@@ -32,35 +49,44 @@ class ProgramDigests:
     def __init__(self, folder: Path):
         self._folder, self._lock = folder, threading.Lock()
         self._listed: dict[str, str] = {}
-        self._new = 0
+        self._new, self._said = 0, False
         try:
             lines = (folder / _DIGESTS).read_text().splitlines()
         except (OSError, ValueError):
             lines = []
         for line in lines:
             digest, _, name = line.partition("  ")
-            if len(digest) == 64 and name.endswith("-cache") and "/" not in name:
+            if len(digest) == 64 and _PROGRAM.fullmatch(name):
                 self._listed[name] = digest
 
+    def _content(self, name: str) -> bytes | None:
+        try:
+            return (self._folder / name).read_bytes()
+        except OSError:
+            return None
+
+    def _unlisted(self) -> dict[str, bytes]:
+        names = {entry.name for entry in os.scandir(self._folder)} - set(self._listed)
+        found = {name: self._content(name) for name in names if _PROGRAM.fullmatch(name)}
+        return {name: content for name, content in found.items() if content is not None}
+
     def remove_damaged(self) -> None:
-        """Removes programs that are not as they were listed; others' files stay."""
-        damaged = [name for name, digest in self._listed.items()
-                   if self._digest(name) not in (digest, None)]  # fmt: skip
+        """Removes programs that are not as they were listed, or not whole; others' files stay."""
+        damaged = [
+            name for name, digest in self._listed.items()
+            if (content := self._content(name)) is not None
+            and hashlib.sha256(content).hexdigest() != digest
+        ]  # fmt: skip
+        damaged += [name for name, content in self._unlisted().items() if _cut_off(content)]
         for name in damaged:
             (self._folder / name).unlink(missing_ok=True)
-            del self._listed[name]
+            self._listed.pop(name, None)
         if damaged:
             warnings.warn(
                 f"{len(damaged)} compiled programs in {self._folder} were damaged; they are "
                 "compiled again",
                 stacklevel=4,
             )
-
-    def _digest(self, name: str) -> str | None:
-        try:
-            return hashlib.sha256((self._folder / name).read_bytes()).hexdigest()
-        except OSError:
-            return None
 
     def hear(self, event: str, **_) -> None:
         """JAX tells that it writes a program."""
@@ -70,19 +96,27 @@ class ProgramDigests:
                 self.list_new()
 
     def list_new(self) -> None:
-        """Lists what has come since."""
+        """Lists what has come since; says so, once, where the disk is full."""
         with self._lock:
             try:
-                names = {entry.name for entry in os.scandir(self._folder)
-                         if entry.name.endswith("-cache")}  # fmt: skip
-                found = {name: self._digest(name) for name in names - set(self._listed)}
-                new = {name: digest for name, digest in found.items() if digest is not None}
+                found = self._unlisted()
+                whole = {name: x for name, x in found.items() if not _cut_off(x)}
+                new = {name: hashlib.sha256(x).hexdigest() for name, x in whole.items()}
                 if new:
                     with (self._folder / _DIGESTS).open("a") as file:
                         file.write("".join(f"{d}  {name}\n" for name, d in new.items()))
                 self._listed.update(new)
-            except OSError:  # a full disk, or the folder is gone: what is not listed is not checked
-                return
+                # Others may be writing one just now.
+                problem = "" if len(found) - len(whole) < _MANY else "they are cut off"
+            except OSError as error:
+                problem = error.strerror or str(error)
+        if problem and not self._said:
+            self._said = True
+            print(
+                f"compiled programs are not kept in {self._folder} ({problem}): make room there, "
+                "or give another --cache-dir",
+                file=sys.stderr,
+            )
 
 
 @functools.cache
@@ -92,3 +126,5 @@ def check_programs(folder: Path) -> None:
     digests.remove_damaged()
     jax.monitoring.register_event_listener(digests.hear)
     atexit.register(digests.list_new)
+    # A full disk is said once, not for each program.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")

@@ -1,4 +1,4 @@
-"""Files are written beside what they replace, and renamed when they are complete."""
+"""Files are whole: written beside what they replace, and renamed when they are complete."""
 
 from __future__ import annotations
 
@@ -50,3 +50,25 @@ def write_beside(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file at once: the old content is there or the new one; see `written_beside`."""
     with written_beside(path) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append(path: Path, line: str) -> None:
+    """Adds a line to a file, to the disk, or nothing of it.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            content = memoryview(line.encode())
+            while content:  # where there is little room, a part is written, and then no more
+                content = content[file.write(content) or 0 :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise OSError(
+                f"{path} could not be written ({error.strerror}); what was there is as it was. "
+                "Make room, and go on with the same command"
+            ) from error

@@ -202,9 +202,7 @@ class Checkpoints:
                     misfit, damage = None, in_a_line(error)
                 else:
                     break
-                # What Orbax has left waiting says so when it is dropped, or a moment later.
-                gc.collect()
-                time.sleep(0.05)
+                _settle()
                 if not problem:
                     problem, first = (
                         f"checkpoint {step} in {self.path} is damaged ({damage})",
@@ -242,14 +240,20 @@ def _digest(step: int, position: int, tree: Any) -> str:
     return digest_of_arrays(jax.tree.leaves(tree), f"{step} {position}")
 
 
+def _settle() -> None:
+    """What Orbax has left waiting says so when it is dropped, or a moment later."""
+    gc.collect()
+    time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What Orbax says of a damaged checkpoint is left out: it is told in a sentence."""
+    """What Orbax says of damage and full disks is left out: it is told in a sentence."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
 
     def others(unraisable) -> None:
-        # Reads that were on their way report to an event loop that is closed by now.
+        # Reads and writes that were on their way report to an event loop that is closed by now.
         if unraisable.object is not None or not isinstance(unraisable.exc_value, RuntimeError):
             hook(unraisable)
 
@@ -267,13 +271,15 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _as_one_sentence(path: Path, step: int) -> Iterator[None]:
     """What goes wrong while a checkpoint is written, whatever Orbax makes of it."""
-    try:
-        yield
-    except Exception as error:  # a full disk comes out as any of several kinds
-        raise OSError(
-            f"checkpoint {step} could not be written to {path} ({in_a_line(error)}); the one "
-            "before it is as it was. Make room, and go on with --resume"
-        ) from error
+    with _quiet():
+        try:
+            yield
+        except Exception as error:  # a full disk comes out as any of several kinds
+            _settle()
+            raise OSError(
+                f"checkpoint {step} could not be written to {path} ({in_a_line(error)}); the one "
+                "before it is as it was. Make room, and go on with --resume"
+            ) from error
 
 
 class _Misfit(ValueError):

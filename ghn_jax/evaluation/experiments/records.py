@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ghn_jax.files.digest import DIGEST, with_digest, without_digest
 from ghn_jax.files.json_file import parse_json, read_json
-from ghn_jax.files.replace import write_beside
+from ghn_jax.files.replace import append, write_beside
 
 _SETTINGS = "settings.json"
 
@@ -106,12 +105,13 @@ class Records(Mapping[str, dict]):
         return cls(path, read_records(folder))
 
     def add(self, record: dict) -> None:
-        """Writes a record, at once and to the disk."""
+        """Writes a record, at once and to the disk.
+
+        Raises:
+          OSError: it could not be written; those before it are as they were.
+        """
         line = json.dumps(with_digest(record)) + "\n"
-        with self.path.open("a") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, line)
         self._found[record["name"]] = record
 
     def __getitem__(self, name: str) -> dict:
