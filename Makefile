@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-mesh test-slurm docs gpu-check lint clean
+.PHONY: demo test test-mesh test-slurm test-damage docs gpu-check lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py --out runs/demo
@@ -23,6 +23,10 @@ test-mesh: $(VENV)/.installed-test
 test-slurm: $(VENV)/.installed-test
 	tests/one_node_slurm.sh runs/slurm
 	$(BIN)/python -m pytest -n 0 -m slurm tests/test_slurm.py
+
+# 10,000 damaged files of every format, each with a fixed seed: ten minutes.
+test-damage: $(VENV)/.installed-test
+	GHN_JAX_DAMAGES=40 $(BIN)/python -m pytest -n 0 tests/test_damage.py
 
 # The engine on an accelerator, ten minutes: right, how fast, then it trains. Writes gpu_check.json.
 gpu-check:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import h5py
 import numpy as np
@@ -107,10 +108,11 @@ class _Sink:
     It is told of no failure, and what it writes after one is dropped; `checked` tells.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: io.BufferedRandom):
         self._file = file
         self._error: OSError | None = None
-        self.seek, self.tell, self.readinto = file.seek, file.tell, file.readinto
+        self.seek, self.tell = file.seek, file.tell
+        self.read, self.readinto = file.read, file.readinto
 
     def write(self, data) -> int:
         self._try(self._file.write, data)

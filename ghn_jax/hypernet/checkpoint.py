@@ -74,6 +74,7 @@ class Checkpoints:
         self.path = Path(path)
         self._keep = keep
         self._held: ocp.training.Checkpointer | None = None
+        self._step = 0  # that was saved last
         self._pending: tuple[int, Any] | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -86,7 +87,8 @@ class Checkpoints:
         try:
             self._finish()
         finally:
-            held.close()
+            with _as_one_sentence(self.path, self._step):
+                held.close()
 
     def _new(self) -> ocp.training.Checkpointer:
         context = ocp.Context()
@@ -148,15 +150,16 @@ class Checkpoints:
         # Copies: what is saved in the background must not change with the next update.
         trees = jax.tree.map(lambda x: np.array(x, jax.dtypes.canonicalize_dtype(x.dtype)), trees)
         digests = {name: _digest(step, position, tree) for name, tree in trees.items()}
-        with self._open() as checkpointer:
-            with _as_one_sentence(self.path, step):
-                response = checkpointer.save_checkpointables_async(
-                    step, trees, overwrite=True,
-                    custom_metadata={"position": position, "digests": digests},
-                )  # fmt: skip
-            self._pending = step, response
-            if self._held is None:
-                self._finish()
+        self._step = step
+        with _as_one_sentence(self.path, step), self._open() as checkpointer:
+            response = checkpointer.save_checkpointables_async(
+                step, trees, overwrite=True,
+                custom_metadata={"position": position, "digests": digests},
+            )  # fmt: skip
+            if self._held is not None:
+                self._pending = step, response
+            elif response is not None:
+                response.result()
 
     def _finish(self) -> None:
         """Waits for what is written in the background."""

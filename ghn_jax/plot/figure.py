@@ -6,6 +6,7 @@ on servers and in threads.
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ghn_jax.files.replace import written_beside
+from ghn_jax.files.replace import write_beside
 
 FORMATS = (".png", ".pdf")
 
@@ -42,8 +43,9 @@ def save(figure: Figure, path: pathlib.Path | None) -> Figure:
     if path is not None:
         # Without a date, the same graph gives the same PDF, byte for byte.
         dated = path.suffix.lower() == ".pdf"
-        with written_beside(path) as beside:
-            figure.savefig(beside, metadata={"CreationDate": None} if dated else None)
+        picture, form = io.BytesIO(), path.suffix[1:].lower()
+        figure.savefig(picture, format=form, metadata={"CreationDate": None} if dated else None)
+        write_beside(path, picture.getvalue())
     return figure
 
 

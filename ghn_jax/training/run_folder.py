@@ -16,6 +16,7 @@ from typing import Any
 
 import filelock
 
+from ghn_jax.files.replace import write_beside
 from ghn_jax.training.config import TrainConfig
 
 _LOCK = "run.lock"
@@ -46,7 +47,7 @@ def lock(folder: Path) -> Iterator[None]:
             f"{folder} is in use by {who}; wait until it has ended, or give another --out"
         ) from None
     try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        write_beside(owner, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
         owner.unlink(missing_ok=True)
