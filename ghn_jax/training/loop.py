@@ -23,7 +23,7 @@ from ghn_jax.training.architectures import architecture_source
 from ghn_jax.training.config import TrainConfig
 from ghn_jax.training.mesh import ARCH, DATA, make_mesh, parse_mesh
 from ghn_jax.training.meta_batch import MetaBatch, Stream
-from ghn_jax.training.run_folder import check_same, differences, lock
+from ghn_jax.training.run_folder import check_not_anothers, check_same, differences, lock
 from ghn_jax.training.stopping import NOTHING, SAVE, STOP, Listener, Stopped
 from ghn_jax.training.update import MetaStep, Metrics, TrainState, Update
 
@@ -72,6 +72,7 @@ def check(config: TrainConfig) -> None:
             f"--meta-batch is {space.meta_batch}; allowed: {shape[ARCH]} or more, an architecture "
             "for each row of devices; or give them to the images, with --mesh data=COLUMNS"
         )
+    check_not_anothers(run.out)
     latest = Checkpoints(run.out).latest()
     if latest is not None and not run.resume:
         raise ValueError(

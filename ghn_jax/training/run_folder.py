@@ -17,6 +17,7 @@ from typing import Any
 import filelock
 
 from ghn_jax.files.replace import write_beside
+from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.training.config import TrainConfig
 
 _LOCK = "run.lock"
@@ -26,6 +27,23 @@ _FREE = {
     "data_dir", "epochs", "steps", "init", "out", "resume", "override", "save_every",
     "save_minutes", "workers", "mesh", "coordinator", "process_id", "num_processes", "cache_dir",
 }  # fmt: skip
+
+
+# What a run writes over or takes away: a folder with one of them and no run is somebody's.
+_WRITTEN = ("config.json", "metrics.jsonl", "bad_updates.jsonl", "checkpoints")
+
+
+def check_not_anothers(folder: Path) -> None:
+    """Raises ValueError for a folder of something else, whose files a run would write over."""
+    there = [name for name in _WRITTEN if (folder / name).exists()]
+    if not there:
+        return
+    try:
+        Checkpoints(folder).config()
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder} holds {', '.join(there)}, but no run ({error}); give another --out"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from ghn_jax.files.digest import DIGEST, with_digest, without_digest
 from ghn_jax.files.json_file import parse_json, read_json
 from ghn_jax.files.replace import append, write_beside
 
+TABLE = "table.md"  # of an experiment
 _SETTINGS = "settings.json"
+_RECORDS = re.compile(r"records.*\.jsonl")
 
 
 def describe(experiment: str, config: Any, *, without: Collection[str]) -> dict[str, Any]:
@@ -96,6 +99,10 @@ class Records(Mapping[str, dict]):
                 raise ValueError(f"{folder} has records with {changes}; give the same options, or "
                                  "another folder")  # fmt: skip
         else:
+            theirs = [p.name for p in folder.iterdir() if p.name == TABLE or _RECORDS.match(p.name)]
+            if theirs:
+                raise ValueError(f"{folder} holds {', '.join(theirs)}, but no {_SETTINGS} of an "
+                                 "experiment; give another folder")  # fmt: skip
             write_beside(path, json.dumps(with_digest(settings), indent=1) + "\n")
         path = folder / (f"records-{unit}.jsonl" if unit else "records.jsonl")
         if path.exists():  # a last line that was cut off would spoil the next one
