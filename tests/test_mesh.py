@@ -483,7 +483,8 @@ def test_a_signal_to_any_process_stops_all_of_them_after_one_update(whole, two, 
         said = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [code, code], said[0][-3000:]
         done = Checkpoints(run).latest()
-        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
         assert steps == list(range(1, done + 1))
         if code:
             assert f"update {done} is saved" in said[0]
