@@ -130,6 +130,11 @@ class Checkpoints:
         """The hypernetwork that `config.json` describes."""
         return _ghn_from_config(self.config()["ghn"], self.path / _CONFIG)
 
+    def any(self) -> bool:
+        """Whether there is a checkpoint, without asking JAX, which processes may have to join."""
+        folder = self.path / _CHECKPOINTS  # what is not finished has an ending
+        return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
     def latest(self) -> int | None:
         """The last checkpoint's step, None if there is none."""
         if not (self.path / _CHECKPOINTS).is_dir():
