@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-mesh test-slurm test-endurance docs gpu-check lint clean
+.PHONY: demo test test-mesh test-slurm test-endurance test-damage docs gpu-check lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py --out runs/demo
@@ -27,6 +27,10 @@ test-slurm: $(VENV)/.installed-test
 # 3,000 updates in which nothing may grow, and 30 kills that may cost nothing: a table of figures.
 test-endurance: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 0 -s -m endurance tests/test_endurance.py
+
+# 10,000 damaged files of every format, each with a fixed seed: ten minutes.
+test-damage: $(VENV)/.installed-test
+	GHN_JAX_DAMAGES=40 $(BIN)/python -m pytest -n 0 tests/test_damage.py
 
 # The engine on an accelerator, ten minutes: right, how fast, then it trains. Writes gpu_check.json.
 gpu-check:

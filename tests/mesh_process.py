@@ -2,10 +2,15 @@
 
 python tests/mesh_process.py update DEVICES OUT.npz [COORDINATOR ID PROCESSES]
                                        one update on that many CPU devices of each process
-python tests/mesh_process.py train DEVICES ...     ghn-train on that many CPU devices
+python tests/mesh_process.py train DEVICES[:STEP] ...
+                                       ghn-train on that many CPU devices; in STEP, SIGTERM comes
 """
 
+import json
+import os
+import signal
 import sys
+import zlib
 
 import jax
 import numpy as np
@@ -13,6 +18,7 @@ import optax
 import test_training
 
 from ghn_jax.cli import train as program
+from ghn_jax.data.images import train_batches
 from ghn_jax.training import loop
 from ghn_jax.training.mesh import join_processes, make_mesh
 from ghn_jax.training.update import MetaStep
@@ -47,9 +53,36 @@ def update(devices: str, out: str, *launch: str) -> None:
         )
 
 
+class Log(loop.Log):
+    """Writes down what each update was of, in `stream.jsonl`; a signal comes in one of them."""
+
+    stop_at = 0
+    images: dict[int, int] = {}  # update -> checksum of its batch
+
+    def update(self, step, metrics, batch, waited):
+        if step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self._first:
+            architectures = [zlib.crc32(repr(a).encode()) for a in batch.architectures]
+            with (self._config.run.out / "stream.jsonl").open("a") as file:
+                file.write(json.dumps([step, architectures, self.images[step]]) + "\n")
+        return super().update(step, metrics, batch, waited)
+
+
+def batches(images, size, *, seed, start_step):
+    """As training's, with their checksums kept."""
+    found = train_batches(images, size, seed=seed, start_step=start_step)
+    for step, (pixels, labels) in enumerate(found, start_step + 1):
+        Log.images[step] = zlib.crc32(labels.tobytes(), zlib.crc32(pixels.tobytes()))
+        yield pixels, labels
+
+
 def train(devices: str, *arguments: str) -> None:
     """Runs the training program on small architectures."""
+    devices, _, stop_at = devices.partition(":")
     jax.config.update("jax_num_cpu_devices", int(devices))
+    Log.stop_at = int(stop_at or 0)
+    loop.Log, loop.train_batches = Log, batches
     loop.architecture_source = lambda *_: lambda i: ARCHITECTURES[i % 8]
     program.main(list(arguments))
 

@@ -224,7 +224,7 @@ def test_graphs_are_read_when_asked_for(tmp_path, monkeypatch):
     nets.graph(1)
     assert not opened  # once for each process
     monkeypatch.setattr("os.getpid", lambda: -5)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="cannot be read"):
         nets.graph(1)
     assert opened == [path]
 

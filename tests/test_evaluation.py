@@ -190,6 +190,49 @@ def test_the_program_writes_a_record_for_each_network(saved, tmp_path, capsys):
     assert f"1 networks of named on digits (test): top-1 {record['top1']:.2%} ±" in printed
 
 
+def test_the_program_goes_on_where_it_was(saved, tmp_path, monkeypatch):
+    """Each record is written as it comes; the same command again makes what is missing."""
+    out = tmp_path / "results.json"
+    arguments = ["--ckpt", str(saved), "--dataset", "digits", "--num", "3", "--width", "8",
+                 "--out", str(out), "--cache-dir", str(tmp_path / "cache")]  # fmt: skip
+    made, dies = [], ["test 1"]
+
+    def network(ghn, variables, arch, image_size):
+        return arch, {}
+
+    def accuracy(arch, *params, **options):
+        name = f"test {len(made)}"
+        if name in dies:
+            dies.remove(name)
+            raise KeyboardInterrupt
+        made.append(name)
+        return [evaluation.Accuracy(len(made) / 10, 0.5, 100, 1.0)] * len(params)
+
+    monkeypatch.setattr(evaluation, "predict_network", network)
+    monkeypatch.setattr(evaluation, "evaluate_network", accuracy)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(arguments)
+    (first,) = json.loads(out.read_text())
+    evaluate.main(arguments)
+    records = json.loads(out.read_text())
+    assert records[0] == first
+    assert [r["top1"] for r in records] == [0.1, 0.2, 0.3]
+    assert made == ["test 0", "test 1", "test 2"]
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"has records with batch_size 64 \(now 32\); give the"):
+        evaluate.main([*arguments, "--batch-size", "32"])
+    out.write_text(out.read_text().replace('"top1": 0.2', '"top1": 0.9'))
+    with pytest.raises(ValueError, match="record 1, is not as it was written: its digest differs"):
+        evaluate.main(arguments)
+    out.write_text('{"a thesis": 1}')
+    with pytest.raises(ValueError, match="exists, and is no file of this program's records; give"):
+        evaluate.main(arguments)
+    assert out.read_text() == '{"a thesis": 1}'
+    out.write_bytes(before)
+    evaluate.main(arguments)
+    assert out.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -445,7 +445,7 @@ def test_what_cannot_be_loaded_or_saved(tmp_path):
         load_torch_ghn(path)
     save_torch_ghn(LOGAH, perturbed(LOGAH), path)
     with safetensors.safe_open(path, "numpy") as file:
-        metadata = file.metadata()
+        metadata = {key: text for key, text in file.metadata().items() if key != "digest"}
     state["decoder.seq.1.weight"] = state["decoder.seq.1.weight"] + 1
     safetensors.numpy.save_file(state, path, metadata)
     with pytest.raises(ValueError, match="which are one tensor, differ"):

@@ -25,7 +25,7 @@ from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.deepnets1m.units import NormSum
 from ghn_jax.engine.engine import Engine
-from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.training import launch, loop
 from ghn_jax.training.config import preset
 from ghn_jax.training.mesh import join_processes, make_mesh, mesh_shape, parse_mesh
@@ -447,6 +447,66 @@ def test_a_run_goes_on_with_other_processes(before, after, whole, half, tmp_path
     resume = ("--steps", 10, "--resume", "--cache-dir", whole.parent / "cache")
     (train_alone if after == "one" else train_as_two)(run, *resume)
     check_same(run, whole)
+
+
+def stream(run) -> dict[int, list]:
+    """Architectures and images of each update; what was made again is the same."""
+    found: dict[int, list] = {}
+    for line in (run / "stream.jsonl").read_text().splitlines():
+        step, *of = json.loads(line)
+        assert found.setdefault(step, of) == of
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, whole):
+    """Ten updates of two processes with a device each, uninterrupted."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    train_as_two(folder, "--steps", 10, "--cache-dir", whole.parent / "cache")
+    return folder
+
+
+@pytest.mark.mesh
+def test_a_signal_to_any_process_stops_all_of_them_after_one_update(whole, two, tmp_path):
+    """Signals come to the second process alone, to both in different updates, and to none."""
+    run = tmp_path / "run"
+    for stops, code in ((("", ":2"), 75), ((":7", ":6"), 75), (("", ""), 0)):
+        address = f"localhost:{free_port()}"
+        options = (
+            *(*OPTIONS, "--save-every", 100, "--out", run, "--steps", 10, "--resume", "auto"),
+            *("--cache-dir", whole.parent / "cache"),
+            *("--coordinator", address, "--num-processes", 2),
+        )
+        processes = [
+            start("train", f"1{stop}", *options, "--process-id", i) for i, stop in enumerate(stops)
+        ]
+        said = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [code, code], said[0][-3000:]
+        done = Checkpoints(run).latest()
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        assert steps == list(range(1, done + 1))
+        if code:
+            assert f"update {done} is saved" in said[0]
+            assert done < 10
+    jax.tree.map(np.testing.assert_array_equal, load_ghn(run)[1], load_ghn(two)[1])
+    assert stream(run) == stream(two)
+
+
+@pytest.mark.mesh
+def test_other_processes_see_the_same_architectures_and_images(whole, two, half, tmp_path):
+    assert stream(whole) == stream(two)
+    assert set(stream(whole)) == set(range(1, 11))
+    # Half by two processes, half by one; and the reverse.
+    run = tmp_path / "run"
+    shutil.copytree(half, run)
+    resume = ("--resume", "--cache-dir", whole.parent / "cache")
+    train_alone(run, "--steps", 10, *resume)
+    assert stream(run) == stream(whole)
+    shutil.copytree(whole, tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / "10")
+    train_as_two(tmp_path / "other", "--steps", 10, *resume)
+    assert stream(tmp_path / "other") == stream(whole)
 
 
 @pytest.mark.mesh

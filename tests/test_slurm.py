@@ -56,3 +56,42 @@ def test_jobs_that_are_killed_lose_nothing_that_was_written(tmp_path):
     subprocess.run(command(here, nets), check=True)
     for name, record in read_records(here).items():
         assert found[name]["loss"] == pytest.approx(record["loss"], rel=1e-4), log
+
+
+JOB = r"""#!/bin/sh
+#SBATCH --requeue --signal=TERM@60 --open-mode=append --output={log}
+exec {python} -m ghn_jax.cli.train --preset demo --n-cells 3 3 --widths 8 --meta-batch 2 \
+  --batch-size 8 --steps {steps} --save-every 1000 --resume auto --out {out} --cache-dir {cache}
+"""
+STEPS = 300
+
+
+def test_training_that_is_requeued_goes_on_by_itself(tmp_path):
+    """`scontrol requeue` in the middle: it is saved, starts again, and ends."""
+    out, log, script = tmp_path / "run", tmp_path / "log", tmp_path / "job.sh"
+    script.write_text(
+        JOB.format(log=log, python=sys.executable, steps=STEPS, out=out, cache=tmp_path / "cache")
+    )
+    submit = ["sbatch", "--parsable", str(script)]
+    job = subprocess.run(submit, capture_output=True, text=True, check=True).stdout.strip()
+    deadline = time.monotonic() + 600
+
+    def steps() -> list[int]:
+        path = out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+    def wait_for(condition) -> None:
+        while not condition():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+
+    wait_for(lambda: len(steps()) >= 3)
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    wait_for(lambda: "is saved, and --resume goes on from there" in log.read_text())
+    done = len(steps())
+    assert 3 <= done < STEPS
+    assert steps() == list(range(1, done + 1))
+    wait_for(lambda: f"{STEPS} updates;" in log.read_text())  # Slurm waits before it starts again
+    assert steps() == list(range(1, STEPS + 1))
+    assert log.read_text().count("SIGTERM: this update is finished and saved") == 1

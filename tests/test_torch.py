@@ -170,10 +170,10 @@ def test_files_of_another_kind(tmp_path):
         read_torch(path)
     write_torch({"x": np.zeros(1000)}, path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cut short, or no file of torch.save"):
+    with pytest.raises(ValueError, match="damaged or cut short, or no file of torch.save"):
         read_torch(path)
     path.write_bytes(pickle.dumps({"x": 1}))
-    with pytest.raises(ValueError, match="cut short, or no file of torch.save"):
+    with pytest.raises(ValueError, match="damaged or cut short, or no file of torch.save"):
         read_torch(path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("readme.txt", "no tensors here")

@@ -30,6 +30,7 @@ from ghn_jax.deepnets1m.reader import DeepNets1M, meta_path
 from ghn_jax.deepnets1m.sampling import SPLITS, rules_of, sample_architecture
 from ghn_jax.deepnets1m.statistics import statistics, table
 from ghn_jax.deepnets1m.writer import entry_and_graph, write_deepnets1m
+from ghn_jax.files.replace import write_beside
 
 _DRAWN = 40  # graphs of each split whose distances are drawn
 
@@ -181,7 +182,7 @@ def freeze(out: Path, seed: int = 0) -> None:
       out: the file to write, compressed JSON.
       seed: names the sets; those of the package have 0.
     """
-    out.write_bytes(pack(generate(seed)))
+    write_beside(out, pack(generate(seed)))
 
 
 def main(arguments: Sequence[str]) -> None:

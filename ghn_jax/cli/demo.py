@@ -25,6 +25,7 @@ from ghn_jax.engine.compilation import keep_programs
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
 from ghn_jax.evaluation.networks import named_architectures
+from ghn_jax.files.replace import write_beside
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.plot.charts import accuracy_bars, training_curve
 from ghn_jax.plot.drawing import draw_graph
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
         )  # fmt: skip
     print(f"\nTest accuracy on {len(images)} digits of writers not in the training images:\n")
     print(table(records))
-    (options.out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    write_beside(options.out / "results.json", json.dumps(records, indent=1) + "\n")
     training_curve(options.out / "metrics.jsonl", options.out / "training.png")
     accuracy_bars(records, options.out / "accuracy.png", chance=1 / images.num_classes)
     graph = ghn.graph(todo[0][1], image_size=images.image_size)

@@ -2,8 +2,9 @@ r"""Predicts parameters for unseen architectures and evaluates them (paper § 5.
 
     ghn-eval --ckpt runs/x --dataset cifar10 --data-dir DIR --split test --num 20 --out results.json
 
-Writes one record for each architecture and prints the mean with its standard error, and the best.
-Batch norm uses the statistics of batches of 64 images, as in the paper.
+Writes one record for each architecture, as it comes, and prints the mean with its standard error,
+and the best. The same command again computes what is missing in `--out`. Batch norm uses the
+statistics of batches of 64 images, as in the paper.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import tyro
 from tqdm import tqdm
 
@@ -25,6 +28,9 @@ from ghn_jax.engine.compilation import keep_programs
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
 from ghn_jax.evaluation.networks import by_name, of_split
+from ghn_jax.files.digest import digest_of_arrays, with_digest, without_digest
+from ghn_jax.files.json_file import read_json
+from ghn_jax.files.replace import write_beside
 from ghn_jax.hypernet.checkpoint import load_ghn
 
 PROG = "ghn-eval"
@@ -46,7 +52,7 @@ class EvalConfig:
     batch_size: int = 64  # images in a batch, whose statistics batch norm uses
     random: bool = False  # evaluate the same networks with random (He) parameters too
     seed: int | None = None  # generate the split with this seed; default: the frozen sets
-    out: Path | None = None  # JSON file for the records
+    out: Path | None = None  # JSON file for the records; those that are there are not made again
     cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs are kept here between runs
 
 
@@ -82,6 +88,41 @@ def check(config: EvalConfig) -> None:
         raise ValueError(f"--out is {config.out}, but its folder does not exist; make it first")
 
 
+def settings(config: EvalConfig, variables) -> dict[str, Any]:
+    """What records depend on, JSON-ready; they say so themselves."""
+    names = ("dataset", "image_size", "split", "nets", "width", "batch_size", "random", "seed")
+    options = {name: getattr(config, name) for name in names}
+    hypernetwork = digest_of_arrays(jax.tree.leaves(variables), "")
+    return json.loads(json.dumps({**options, "hypernetwork": hypernetwork}, default=str))
+
+
+def read_results(path: Path, settings: Mapping[str, Any]) -> dict[str, dict]:
+    """The records of a file by name; none if there is no file.
+
+    Raises:
+      ValueError: it is damaged, something else, or has records of other settings.
+    """
+    if not path.exists():
+        return {}
+    advice = "give another --out"
+    records = read_json(path, advice)
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and {"name", "settings"} <= set(r) for r in records
+    ):
+        raise ValueError(f"{path} exists, and is no file of this program's records; {advice}")
+    for i, record in enumerate(records):
+        without_digest(record, f"{path}, record {i},")
+        before = record["settings"]
+        if before != settings:
+            changes = ", ".join(
+                f"{key} {before.get(key)!r} (now {value!r})"
+                for key, value in settings.items()
+                if before.get(key) != value
+            )
+            raise ValueError(f"{path} has records with {changes}; give the same, or {advice[5:]}")
+    return {record["name"]: record for record in records}
+
+
 def main(arguments: Sequence[str]) -> None:
     """Entry point."""
     config = tyro.cli(EvalConfig, prog=PROG, args=arguments, description=__doc__)
@@ -101,16 +142,23 @@ def main(arguments: Sequence[str]) -> None:
             "was trained on"
         )
     nets = architectures(config, images.image_size)
-    with tqdm(total=len(nets), unit="network", dynamic_ncols=True) as bar:
+    of = settings(config, variables)
+    results = {} if config.out is None else read_results(config.out, of)
+    there = sum(name in results for name, _ in nets)
+    with tqdm(total=len(nets), initial=there, unit="network", dynamic_ncols=True) as bar:
 
         def report(record):
+            results[record["name"]] = with_digest({**record, "settings": of})
+            if config.out is not None:
+                write_beside(config.out, json.dumps([*results.values()], indent=1) + "\n")
             bar.update()
             bar.write(f"{record['name']:>12}  {record['top1']:6.1%}  "
                       f"{record['parameters'] / 1e6:6.2f}M parameters")  # fmt: skip
 
         records = evaluate_ghn(
             ghn, variables, nets, images,
-            batch_size=config.batch_size, compare_random=config.random, report=report,
+            batch_size=config.batch_size, compare_random=config.random, found=dict(results),
+            report=report,
         )  # fmt: skip
     mean, error, best = summary(records)
     print(f"{len(records)} networks of {config.split} on {config.dataset} ({part}): "
@@ -119,8 +167,6 @@ def main(arguments: Sequence[str]) -> None:
         print(
             "with random parameters: top-1 {:.2%} ± {:.2%}".format(*summary(records, "top1_random"))
         )
-    if config.out is not None:
-        config.out.write_text(json.dumps(records, indent=1) + "\n")
 
 
 run = command(PROG, main)

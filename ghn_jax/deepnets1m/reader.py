@@ -13,7 +13,7 @@ architecture.
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 import operator
 import os
 import threading
@@ -28,11 +28,26 @@ from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import PRIMITIVES
 from ghn_jax.deepnets1m.sampling import Rules, rules_of, seeded, set_width
 from ghn_jax.deepnets1m.task import Task
+from ghn_jax.files.digest import digest_of_arrays
+from ghn_jax.files.json_file import parse_json, read_json
+from ghn_jax.files.messages import in_a_line
 
 # On ImageNet the authors' loader widens `wide` by less than on CIFAR-10.
 _IMAGENET_WIDEN = 2
 
 STORED_PATHS = 250  # longest paths in the files
+
+# Where the writer puts digests; official files have none. The HDF5 file has that of the meta file,
+# which has those of its graphs.
+META_DIGEST, GRAPH_DIGESTS = "meta_sha256", "digests"
+
+# What HDF5 raises where a file is damaged.
+_DAMAGED = (
+    KeyError, OSError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError,
+    MemoryError,
+)  # fmt: skip
+# Deflate makes no more of a byte; a size beyond is not that of what the file holds.
+_MOST_COMPRESSED = 1032
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +130,46 @@ def _table(meta: Mapping[str, Any], key: str, path: Path) -> list[str]:
         ) from None
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _read_meta(path: Path, digest: str | None) -> dict[str, Any]:
+    """The meta file, if it has that digest or none is known."""
     _require_file(path, "the file with the architectures, which belongs beside the HDF5 file")
+    content = path.read_bytes()
     try:
-        with path.open(encoding="utf-8") as file:
-            meta = json.load(file)
+        meta = parse_json(content)
     except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is truncated or not JSON ({error}); download it again") from None
+        raise ValueError(
+            f"{path} is truncated or not JSON ({in_a_line(error)}); download it again"
+        ) from None
     _require(isinstance(meta, dict), f"{path} holds no splits; expected a JSON object of splits")
+    _require(
+        digest is None or digest == hashlib.sha256(content).hexdigest(),
+        f"{path} is not the meta file that was written with the HDF5 file: its digest differs; "
+        "get both again",
+    )
     return meta
+
+
+def graph_digest(distances: np.ndarray, nodes: np.ndarray, place: str) -> str:
+    """Of what an HDF5 file holds of a graph, and of where: 'test/7'."""
+    return digest_of_arrays((distances, nodes), place)[:16]
+
+
+def _stored(dataset: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A dataset's numbers, if it is what it should be; nothing is made room for before.
+
+    Raises:
+      ValueError: it is not.
+    """
+    nbytes = dataset.size * dataset.dtype.itemsize
+    filtered = _MOST_COMPRESSED if dataset.compression or dataset.chunks else 1
+    _require(
+        dataset.shape == shape
+        and dataset.dtype.kind in "iu"
+        and nbytes <= filtered * dataset.id.get_storage_size(),
+        f"{dataset.name} has the shape {dataset.shape} in {dataset.id.get_storage_size()} bytes, "
+        f"expected {shape}",
+    )
+    return dataset[()]
 
 
 def meta_path(path: Path) -> Path:
@@ -140,11 +186,15 @@ def _open_hdf5(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise ValueError(f"{path} is truncated or not HDF5 ({error}); download it again") from error
+        raise ValueError(
+            f"{path} is truncated or not HDF5 ({in_a_line(error)}); download it again"
+        ) from error
 
 
-def _choose_split(split: str | None, file: h5py.File, meta: Mapping[str, Any], path: Path) -> str:
-    present = [name for name in file if name in meta]
+def _choose_split(
+    split: str | None, groups: Sequence[str], meta: Mapping[str, Any], path: Path
+) -> str:
+    present = [name for name in groups if name in meta]
     _require(len(present) > 0, f"{path} and its meta file have no split in common")
     if split is None:
         _require(
@@ -181,7 +231,7 @@ class DeepNets1M:
         self.seed = seed
         self._rules = rules
         self._image_size = image_size
-        self._nets = meta["nets"]
+        self._nets, self._digests = meta["nets"], meta.get(GRAPH_DIGESTS)
         tables = meta["meta"]
         self.tables = Tables(
             _table(tables, "primitives_ext", path), _table(tables, "unique_op_names", path)
@@ -220,15 +270,22 @@ class DeepNets1M:
         path = Path(path)
         _require_file(path, "give the path of an official file such as deepnets1m_eval.hdf5")
         with _open_hdf5(path) as file:
-            meta = _read_meta(meta_path(path))
-            split = _choose_split(split, file, meta, path)
-            graphs = len(file[split])
-        meta = meta[split]
+            try:
+                digest, present = file.attrs.get(META_DIGEST), list(file)
+                sizes = {name: len(file[name]) for name in present}
+            except _DAMAGED as error:
+                raise ValueError(
+                    f"{path} is damaged ({in_a_line(error)}); download it again"
+                ) from error
+        meta = _read_meta(meta_path(path), digest)
+        split = _choose_split(split, present, meta, path)
+        graphs, meta = sizes[split], meta[split]
         _require(
             isinstance(meta, dict)
             and isinstance(meta.get("nets"), list)
             and all(isinstance(net, dict) for net in meta["nets"])
-            and isinstance(meta.get("meta"), dict),
+            and isinstance(meta.get("meta"), dict)
+            and len(meta.get(GRAPH_DIGESTS, meta["nets"])) == len(meta["nets"]),
             f"{meta_path(path)}: split {split!r} has no 'nets' and 'meta'; download it again",
         )
         _require(
@@ -309,24 +366,33 @@ class DeepNets1M:
           IndexError: the index is out of range.
           ValueError: the graph is damaged.
         """
-        nodes_expected = self.num_nodes(index)
+        n = self.num_nodes(index)
+        place = f"{self.split}/{operator.index(index)}"
         where = f"{self.path}, split {self.split!r}, graph {index}"
         try:
             with self._lock:
-                group = self._open()[self.split][str(operator.index(index))]
-                distances, nodes = group["adj"][()], group["nodes"][()]
-        except (KeyError, OSError) as error:
+                group = self._open()[place]
+                distances, nodes = group["adj"], group["nodes"]
+                shapes = distances.shape, nodes.shape
+                fit = shapes == ((n, n), (n, 3))
+                if fit:
+                    distances, nodes = _stored(distances, (n, n)), _stored(nodes, (n, 3))
+        except _DAMAGED as error:
             raise ValueError(
-                f"{where} cannot be read ({error}); download the file again"
+                f"{where} cannot be read ({in_a_line(error)}); download the file again"
             ) from error
-        n = len(nodes)
         _require(
-            distances.shape == (n, n) and nodes.shape == (n, 3) and n == nodes_expected,
-            f"{where} has adjacency {distances.shape} and nodes {nodes.shape}, and the meta file "
-            f"says {nodes_expected} nodes; download both files again",
+            fit,
+            f"{where} has adjacency {shapes[0]} and nodes {shapes[1]}, and the meta file says {n} "
+            "nodes; download both files again",
+        )
+        _require(
+            self._digests is None or self._digests[index] == graph_digest(distances, nodes, place),
+            f"{where} is not as it was written: its digest differs; get the file again",
         )
         _require(
             n > 0
+            and nodes.min() >= 0
             and nodes[:, 0].max() < len(self._primitives)
             and nodes[:, 2].max() < len(self.tables.names),
             f"{where} uses names that the meta file lacks; download both files again",
@@ -372,9 +438,9 @@ def read_architectures(path: str | os.PathLike) -> dict[str, Architecture]:
       FileNotFoundError: there is no such file.
       ValueError: the file holds something else, or nothing.
     """
+    entries = read_json(path, "give architectures by name")
     try:
-        entries = json.loads(Path(path).read_text()).items()
-        found = {name: Architecture.from_dict(entry) for name, entry in entries}
+        found = {name: Architecture.from_dict(entry) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no file of architectures by name: {error}") from error
     if not found:

@@ -6,9 +6,12 @@ it was.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,17 @@ import numpy as np
 
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
-from ghn_jax.deepnets1m.reader import STORED_PATHS, FileGraph, Tables, meta_path
+from ghn_jax.deepnets1m.reader import (
+    GRAPH_DIGESTS,
+    META_DIGEST,
+    STORED_PATHS,
+    FileGraph,
+    Tables,
+    graph_digest,
+    meta_path,
+)
 from ghn_jax.deepnets1m.sampling import Rules, reference_size
+from ghn_jax.files.replace import written_beside
 
 
 def entry_and_graph(arch: Architecture, rules: Rules) -> tuple[dict[str, Any], FileGraph]:
@@ -71,17 +83,64 @@ def _local(name: str) -> str:
 def _write_split(
     group: h5py.Group, networks: Iterable[tuple[Mapping, FileGraph]], tables: Tables
 ) -> dict:
-    primitives, names, entries = _Names(tables.primitives), _Names(tables.names), []
+    primitives, names = _Names(tables.primitives), _Names(tables.names)
+    entries, digests = [], []
     for i, (entry, graph) in enumerate(networks):
         rows = zip(graph.extended, graph.cells.tolist(), graph.names, strict=True)
-        nodes = [(primitives(p), cell, names(_local(name))) for p, cell, name in rows]
+        nodes = np.array(
+            [(primitives(p), cell, names(_local(name))) for p, cell, name in rows], np.uint16
+        )
         group.create_dataset(f"{i}/adj", data=graph.distances)
-        group.create_dataset(f"{i}/nodes", data=np.array(nodes, np.uint16))
+        group.create_dataset(f"{i}/nodes", data=nodes)
         entries.append(dict(entry))
+        place = f"{group.name.removeprefix('/')}/{i}"
+        digests.append(graph_digest(graph.distances, nodes, place))
     return {
         "nets": entries,
         "meta": {"primitives_ext": primitives.table(), "unique_op_names": names.table()},
+        GRAPH_DIGESTS: digests,
     }
+
+
+class _Sink:
+    """A file that HDF5 writes to: some versions of it crash where writing fails.
+
+    It is told of no failure, and what it writes after one is dropped; `checked` tells.
+    """
+
+    def __init__(self, file: io.BufferedRandom):
+        self._file = file
+        self._error: OSError | None = None
+        self.seek, self.tell = file.seek, file.tell
+        self.read, self.readinto = file.read, file.readinto
+
+    def write(self, data) -> int:
+        self._try(self._file.write, data)
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        self._try(self._file.truncate, size)
+        return size or 0
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, act: Callable, *args: Any) -> None:
+        if self._error is None:
+            try:
+                act(*args)
+            except OSError as error:
+                self._error = error
+
+    def checked(self, passed: Any = None) -> Any:
+        """Passes something on if all has been written so far.
+
+        Raises:
+          OSError: that of the first failure.
+        """
+        if self._error is not None:
+            raise self._error
+        return passed
 
 
 def write_deepnets1m(
@@ -91,7 +150,8 @@ def write_deepnets1m(
 ) -> None:
     """Writes an official HDF5 file and, beside it, its meta file.
 
-    Both appear under their names only when they are complete.
+    Both appear under their names only when they are complete. They hold digests of what is in them,
+    which the authors' code passes over.
 
     Args:
       path: the HDF5 file, such as 'deepnets1m_eval.hdf5'.
@@ -101,25 +161,29 @@ def write_deepnets1m(
 
     Raises:
       FileExistsError: one of the files exists.
+      OSError: they could not be written; nothing is left of them.
     """
     path = Path(path)
     targets = (path, meta_path(path))
     for target in targets:
         if target.exists():
             raise FileExistsError(f"{target} exists; remove it or give another name")
-    partial = [target.with_name(target.name + ".partial") for target in targets]
-    try:
-        with h5py.File(partial[0], "w") as file:
+    known = tables or {}
+    with contextlib.ExitStack() as stack:
+        # Entered first, renamed last: where there is the HDF5 file, there is its meta file.
+        beside, meta_beside = (stack.enter_context(written_beside(target)) for target in targets)
+        sink = _Sink(stack.enter_context(beside.open("wb+")))
+        with h5py.File(sink, "w") as file:
             file.attrs["title"] = "DeepNets-1M"
             meta = {
                 split: _write_split(
-                    file.create_group(split), networks, (tables or {}).get(split, Tables((), ()))
+                    file.create_group(split),
+                    map(sink.checked, networks),
+                    known.get(split, Tables((), ())),
                 )
                 for split, networks in splits.items()
             }
-        partial[1].write_text(json.dumps(meta), encoding="utf-8")
-        for source, target in zip(partial, targets, strict=True):
-            source.rename(target)
-    finally:
-        for leftover in partial:
-            leftover.unlink(missing_ok=True)
+            content = json.dumps(meta).encode()
+            file.attrs[META_DIGEST] = hashlib.sha256(content).hexdigest()
+        sink.checked()
+        meta_beside.write_bytes(content)

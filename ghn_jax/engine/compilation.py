@@ -11,6 +11,8 @@ from pathlib import Path
 
 import jax
 
+from ghn_jax.engine.program_digests import check_programs
+
 _log = logging.getLogger(__name__)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -19,7 +21,8 @@ def keep_programs(folder: str | Path) -> None:
     """Turns on JAX's persistent compilation cache, so that a second run starts in seconds.
 
     What is in the folder runs as the user: where others may write to it, or it is somebody else's,
-    it is not used, and a warning says so.
+    it is not used, and a warning says so. A program that is not as it was written is removed, and
+    compiled again.
     """
     folder = Path(folder).expanduser()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -30,6 +33,7 @@ def keep_programs(folder: str | Path) -> None:
             stacklevel=2,
         )
         return
+    check_programs(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Most of the engine's programs take less than a second, but there are hundreds.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

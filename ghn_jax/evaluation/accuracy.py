@@ -10,7 +10,8 @@ import concurrent.futures
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -174,6 +175,7 @@ def evaluate_ghn(
     batch_size: int = 64,
     compare_random: bool = False,
     engine: Engine | None = None,
+    found: Mapping[str, dict] = MappingProxyType({}),
     report: Callable[[dict], None] = lambda record: None,
 ) -> list[dict]:
     """Predicts the parameters of architectures and evaluates them, one after another.
@@ -185,7 +187,8 @@ def evaluate_ghn(
       batch_size: images in a batch.
       compare_random: evaluate the same networks with random (He) parameters too.
       engine: that runs them; a new one if not given.
-      report: called with each record as soon as it is there.
+      found: records that are there already, by name; they are taken as they are.
+      report: called with each new record as soon as it is there.
 
     Returns:
       One record for each architecture: name, top1, top5 (fractions), images, parameters (number
@@ -194,6 +197,9 @@ def evaluate_ghn(
     engine = engine or Engine()
     records: list[dict] = []
     for name, arch in architectures:
+        if name in found:
+            records.append(found[name])
+            continue
         start = time.perf_counter()
         network, params = predict_network(ghn, variables, arch, images.image_size)
         jax.block_until_ready(params)

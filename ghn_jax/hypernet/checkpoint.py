@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,9 +22,13 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from ghn_jax.files.digest import digest_of_arrays, with_digest, without_digest
+from ghn_jax.files.json_file import read_json
+from ghn_jax.files.messages import in_a_line
+from ghn_jax.files.replace import write_beside
 from ghn_jax.hypernet.ghn import GHN
 
-_CONFIG, _CHECKPOINTS, _DIGEST = "config.json", "checkpoints", "digest"
+_CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
 
 
 def ghn_config(ghn: GHN) -> dict[str, Any]:
@@ -70,6 +74,7 @@ class Checkpoints:
         self.path = Path(path)
         self._keep = keep
         self._held: ocp.training.Checkpointer | None = None
+        self._step = 0  # that was saved last
         self._pending: tuple[int, Any] | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -82,7 +87,8 @@ class Checkpoints:
         try:
             self._finish()
         finally:
-            held.close()
+            with _as_one_sentence(self.path, self._step):
+                held.close()
 
     def _new(self) -> ocp.training.Checkpointer:
         context = ocp.Context()
@@ -100,11 +106,8 @@ class Checkpoints:
     def write_config(self, ghn: GHN, **more: Any) -> None:
         """Writes `config.json`: the hypernetwork's fields and whatever else is JSON."""
         self.path.mkdir(parents=True, exist_ok=True)
-        config = json.loads(json.dumps({"ghn": ghn_config(ghn), **more}))
-        text = json.dumps({**config, _DIGEST: _digest_of_json(config)}, indent=2)
-        temporary = self.path / (_CONFIG + ".part")
-        temporary.write_text(text + "\n")
-        temporary.replace(self.path / _CONFIG)
+        text = json.dumps(with_digest({"ghn": ghn_config(ghn), **more}), indent=2)
+        write_beside(self.path / _CONFIG, text + "\n")
 
     def config(self) -> dict[str, Any]:
         """Reads `config.json`.
@@ -118,24 +121,19 @@ class Checkpoints:
             raise FileNotFoundError(
                 f"{self.path} holds no {_CONFIG}; give a folder written by training or by save_ghn"
             )
-        try:
-            config = json.loads(path.read_text())
-            config["ghn"].keys()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); it should be JSON with a key 'ghn'"
-            ) from None
-        digest = config.pop(_DIGEST, None)
-        if digest is not None and digest != _digest_of_json(config):
-            raise ValueError(
-                f"{path} is not as it was written: its digest differs. Restore it; or, if you "
-                f"changed it on purpose, remove its last key, {_DIGEST!r}"
-            )
-        return config
+        config = read_json(path, "restore it from a copy")
+        if not isinstance(config, dict) or not isinstance(config.get("ghn"), dict):
+            raise ValueError(f"{path} is damaged; it should be JSON with a key 'ghn'")
+        return without_digest(config, path)
 
     def ghn(self) -> GHN:
         """The hypernetwork that `config.json` describes."""
         return _ghn_from_config(self.config()["ghn"], self.path / _CONFIG)
+
+    def any(self) -> bool:
+        """Whether there is a checkpoint, without asking JAX, which processes may have to join."""
+        folder = self.path / _CHECKPOINTS  # what is not finished has an ending
+        return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
     def latest(self) -> int | None:
         """The last checkpoint's step, None if there is none."""
@@ -145,7 +143,7 @@ class Checkpoints:
         """The steps of all checkpoints, ascending."""
         if not (self.path / _CHECKPOINTS).is_dir():
             return []
-        with self._open() as checkpointer:
+        with _quiet(), self._open() as checkpointer:
             return sorted(c.step for c in checkpointer.checkpoints)
 
     def save(self, step: int, position: int, **trees: Any) -> None:
@@ -161,15 +159,16 @@ class Checkpoints:
         # Copies: what is saved in the background must not change with the next update.
         trees = jax.tree.map(lambda x: np.array(x, jax.dtypes.canonicalize_dtype(x.dtype)), trees)
         digests = {name: _digest(step, position, tree) for name, tree in trees.items()}
-        with self._open() as checkpointer:
-            with _as_one_sentence(self.path, step):
-                response = checkpointer.save_checkpointables_async(
-                    step, trees, overwrite=True,
-                    custom_metadata={"position": position, "digests": digests},
-                )  # fmt: skip
-            self._pending = step, response
-            if self._held is None:
-                self._finish()
+        self._step = step
+        with _as_one_sentence(self.path, step), self._open() as checkpointer:
+            response = checkpointer.save_checkpointables_async(
+                step, trees, overwrite=True,
+                custom_metadata={"position": position, "digests": digests},
+            )  # fmt: skip
+            if self._held is not None:
+                self._pending = step, response
+            elif response is not None:
+                response.result()
 
     def _finish(self) -> None:
         """Waits for what is written in the background."""
@@ -207,18 +206,17 @@ class Checkpoints:
             )
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         problem = ""
-        with self._open() as checkpointer:
+        with _quiet(), self._open() as checkpointer:
             for step in reversed(steps):
-                with _quiet():
-                    try:
-                        found = self._load(checkpointer, step, sharding, like)
-                    except _Misfit as error:
-                        misfit, damage = error, str(error)
-                    except Exception as error:  # damage comes out of Orbax as any of many kinds
-                        misfit, damage = None, _first_line(error)
-                    else:
-                        break
-                    gc.collect()  # what Orbax has left waiting says so when it is dropped
+                try:
+                    found = self._load(checkpointer, step, sharding, like)
+                except _Misfit as error:
+                    misfit, damage = error, str(error)
+                except Exception as error:  # damage comes out of Orbax as any of many kinds
+                    misfit, damage = None, in_a_line(error)
+                else:
+                    break
+                _settle()
                 if not problem:
                     problem, first = (
                         f"checkpoint {step} in {self.path} is damaged ({damage})",
@@ -251,36 +249,35 @@ class Checkpoints:
         return step, position, trees
 
 
-def _digest_of_json(config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
 def _digest(step: int, position: int, tree: Any) -> str:
     """SHA-256 of a checkpoint's place and of a tree's numbers, in the order of its leaves."""
-    digest = hashlib.sha256(f"{step} {position}".encode())
-    for leaf in jax.tree.leaves(tree):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(array.view(np.uint8).data if array.ndim else array.tobytes())
-    return digest.hexdigest()
+    return digest_of_arrays(jax.tree.leaves(tree), f"{step} {position}")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _settle() -> None:
+    """What Orbax has left waiting says so when it is dropped, or a moment later."""
+    gc.collect()
+    time.sleep(0.05)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What Orbax's threads print of a damaged checkpoint is left out: it is told in a sentence."""
+    """What Orbax says of damage and full disks is left out: it is told in a sentence."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.excepthook
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def others(unraisable) -> None:
+        # Reads and writes that were on their way report to an event loop that is closed by now.
+        if unraisable.object is not None or not isinstance(unraisable.exc_value, RuntimeError):
+            hook(unraisable)
+
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    sys.excepthook = lambda *_: None
+    sys.unraisablehook = others
     try:
         yield
     finally:
-        sys.excepthook = hook
+        sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -288,13 +285,15 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _as_one_sentence(path: Path, step: int) -> Iterator[None]:
     """What goes wrong while a checkpoint is written, whatever Orbax makes of it."""
-    try:
-        yield
-    except Exception as error:  # a full disk comes out as any of several kinds
-        raise OSError(
-            f"checkpoint {step} could not be written to {path} ({_first_line(error)}); the one "
-            "before it is as it was. Make room, and go on with --resume"
-        ) from error
+    with _quiet():
+        try:
+            yield
+        except Exception as error:  # a full disk comes out as any of several kinds
+            _settle()
+            raise OSError(
+                f"checkpoint {step} could not be written to {path} ({in_a_line(error)}); the one "
+                "before it is as it was. Make room, and go on with --resume"
+            ) from error
 
 
 class _Misfit(ValueError):

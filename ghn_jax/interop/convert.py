@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import safetensors.numpy
 import tyro
 
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import Graph, build_graph
+from ghn_jax.files.json_file import read_json
+from ghn_jax.files.tensors import read_tensors, write_tensors
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn, save_ghn
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.interop.torch_file import read_torch, write_torch
@@ -76,7 +75,7 @@ def read_network(net: str, num_classes: int, image_size: int) -> Architecture | 
             f"{net} does not exist; give a JSON file or one of {', '.join(MODELS)}"
         )
     try:
-        return Architecture.from_dict(json.loads(path.read_text()))
+        return Architecture.from_dict(read_json(path, "give an architecture"))
     except ValueError as error:
         raise ValueError(f"{net} holds no architecture: {error}") from None
 
@@ -84,10 +83,7 @@ def read_network(net: str, num_classes: int, image_size: int) -> Architecture | 
 def _read_arrays(path: Path) -> dict:
     """A state dict from a file."""
     if path.suffix == ".safetensors":
-        try:
-            return safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+        return read_tensors(path)[0]
     arrays = read_torch(path)
     if not isinstance(arrays, dict):
         raise ValueError(f"{path} holds no state dict, but a {type(arrays).__name__}")
@@ -148,6 +144,6 @@ def write_network(variables: dict, network: Graph | Model, target: Path) -> None
     if target.suffix == ".pt":
         write_torch(arrays, target)
     elif target.suffix == ".safetensors":
-        safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, target)
+        write_tensors(target, arrays)
     else:
         Checkpoints(target).save(0, 0, params=params)

@@ -8,7 +8,6 @@ data read them, and nothing of the file is executed.
 from __future__ import annotations
 
 import bz2
-import gzip
 import io
 import lzma
 import pickle
@@ -20,16 +19,34 @@ from typing import Any
 
 import numpy as np
 
-from ghn_jax.interop.torch_file import DAMAGED, DTYPES, find_allowed
+from ghn_jax.files.messages import in_a_line
+from ghn_jax.interop.torch_file import DAMAGED, DTYPES, check_pickle, find_allowed
+
+_MOST_COMPRESSED = 100  # bytes of a byte; parameters that were trained come to about one
+_LZMA_MEMORY = 2**28  # bytes, of which its highest level takes a quarter
+
+
+def _decompressed(data: bytes, decompressor: Any) -> bytes:
+    found = decompressor.decompress(data, _MOST_COMPRESSED * len(data) + 2**20)
+    if not decompressor.eof:
+        raise ValueError(
+            f"it is cut short, or holds more than {_MOST_COMPRESSED} times its {len(data)} bytes"
+        )
+    return found
+
+
+def _lzma(data: bytes) -> bytes:
+    return _decompressed(data, lzma.LZMADecompressor(memlimit=_LZMA_MEMORY))
+
 
 # First bytes -> how to decompress what follows.
 _COMPRESSIONS: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x80": bytes,  # a pickle as it is
-    b"\x78": zlib.decompress,
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ": lzma.decompress,
-    b"\x5d\x00": lzma.decompress,
+    b"\x78": lambda data: _decompressed(data, zlib.decompressobj()),
+    b"\x1f\x8b": lambda data: _decompressed(data, zlib.decompressobj(zlib.MAX_WBITS | 16)),  # gzip
+    b"BZh": lambda data: _decompressed(data, bz2.BZ2Decompressor()),
+    b"\xfd7zXZ": _lzma,
+    b"\x5d\x00": _lzma,
 }
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 
@@ -71,16 +88,21 @@ class _StorageReader(pickle.Unpickler):
         return self.found
 
 
+def _load(stream: io.BytesIO) -> tuple[_StorageReader, Any]:
+    check_pickle(stream)
+    reader = _StorageReader(stream)
+    return reader, reader.load()
+
+
 def _storage(data: bytes) -> np.ndarray:
     """The numbers of a storage in PyTorch's older format."""
     stream = io.BytesIO(data)
-    if _StorageReader(stream).load() != _MAGIC or _StorageReader(stream).load() != _VERSION:
+    if _load(stream)[1] != _MAGIC or _load(stream)[1] != _VERSION:
         raise ValueError("a tensor is not in PyTorch's older format")
-    if not _StorageReader(stream).load().get("little_endian", True):
+    if not _load(stream)[1].get("little_endian", True):
         raise ValueError("its numbers are big-endian")
-    reader = _StorageReader(stream)
-    storage = reader.load()
-    keys = _StorageReader(stream).load()
+    reader, storage = _load(stream)
+    keys = _load(stream)[1]
     if not isinstance(storage, _Storage) or storage is not reader.found or len(keys) != 1:
         raise ValueError("a tensor's numbers are not one storage")
     (count,) = struct.unpack("<q", stream.read(8))
@@ -112,6 +134,8 @@ def read_joblib(path: str | Path) -> Any:
     if decompress is None:
         raise ValueError(f"{path} is no file of joblib.dump")
     try:
-        return _Reader(io.BytesIO(decompress(data))).load()
-    except (*DAMAGED, zlib.error, lzma.LZMAError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        stream = io.BytesIO(decompress(data))
+        check_pickle(stream)
+        return _Reader(stream).load()
+    except (*DAMAGED, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{path} cannot be read: {in_a_line(error)}") from None

@@ -11,6 +11,7 @@ import collections
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from ghn_jax.files.messages import in_a_line
+from ghn_jax.files.replace import written_beside
 
 DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -44,8 +48,8 @@ def _tensor(storage: np.ndarray, offset: int, size, stride, *_) -> np.ndarray:
     if math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
         raise ValueError(f"a tensor of shape {size} is larger than its {len(storage)} elements")
     strides = [s * storage.itemsize for s in stride]
-    view = np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
-    return view.copy()
+    # No copy: a file may ask for any number of tensors of the same elements.
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
 
 def _parameter(data: np.ndarray, *_) -> np.ndarray:
@@ -56,13 +60,19 @@ class Options:
     """Stands for the command line's options that training checkpoints keep (`argparse`)."""
 
 
+def _device(*of: str | int) -> str:
+    if not all(isinstance(part, str | int) for part in of):
+        raise ValueError("a device is not named by a string and a number")
+    return ":".join(map(str, of))
+
+
 # All that a pickle may call.
 _ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch", "Size"): tuple,
-    ("torch", "device"): lambda *of: ":".join(map(str, of)),
+    ("torch", "device"): _device,
     ("argparse", "Namespace"): Options,
 }
 
@@ -84,11 +94,37 @@ def find_allowed(module: str, name: str) -> Any:
         ) from None
 
 
-# What reading damaged pickles raises.
+# What reading damaged archives and pickles raises.
 DAMAGED = (
-    pickle.UnpicklingError, ValueError, KeyError, TypeError, IndexError, EOFError,
-    AttributeError, struct.error,
+    pickle.UnpicklingError, ValueError, KeyError, TypeError, IndexError, EOFError, OSError,
+    AttributeError, struct.error, OverflowError, MemoryError, RuntimeError, zipfile.BadZipFile,
 )  # fmt: skip
+
+
+def check_pickle(stream: io.BytesIO) -> None:
+    """Looks at a pickle's operations before any is done; the stream stays where it is.
+
+    Raises:
+      ValueError: it is cut short, has an operation that there is not, or numbers what it remembers
+        higher than it has bytes: an interpreter makes room for all numbers before.
+    """
+    start, size = stream.tell(), len(stream.getbuffer())
+    for operation, argument, _ in pickletools.genops(stream):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > size:
+            raise ValueError(f"it remembers a value as number {argument} in {size} bytes")
+    stream.seek(start)
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    """The content of a file in an archive; its CRC-32 is checked.
+
+    Raises:
+      ValueError: it is compressed: what unpacks may be of any size.
+    """
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed, as PyTorch never writes it")
+    return archive.read(entry)
 
 
 class _Reader(pickle.Unpickler):
@@ -105,11 +141,8 @@ class _Reader(pickle.Unpickler):
         if kind != "storage" or storage not in DTYPES:
             raise ValueError(f"it holds a {kind} of {storage}")
         if key not in self._storages:
-            entry = self._archive.getinfo(f"{self._folder}data/{key}")
-            if entry.compress_type != zipfile.ZIP_STORED:  # what unpacks may be of any size
-                raise ValueError(f"data/{key} is compressed, as PyTorch never writes it")
-            data = self._archive.read(entry)
-            if len(data) < count * DTYPES[storage].itemsize:
+            data = _stored(self._archive, f"{self._folder}data/{key}")
+            if not 0 <= count * DTYPES[storage].itemsize <= len(data):
                 raise ValueError(f"data/{key} holds {len(data)} bytes, too few for {count} numbers")
             self._storages[key] = np.frombuffer(data, DTYPES[storage].newbyteorder("<"), count)
         return self._storages[key]
@@ -132,16 +165,18 @@ def read_torch(path: str | Path) -> Any:
                 raise ValueError("it holds no data.pkl")
             folder = names[0].removesuffix("data.pkl")
             order = f"{folder}byteorder"
-            if order in archive.namelist() and archive.read(order) != b"little":
+            if order in archive.namelist() and _stored(archive, order) != b"little":
                 raise ValueError("its numbers are big-endian")
-            return _Reader(io.BytesIO(archive.read(names[0])), archive, folder).load()
+            stream = io.BytesIO(_stored(archive, names[0]))
+            check_pickle(stream)
+            return _Reader(stream, archive, folder).load()
     except zipfile.BadZipFile:
         raise ValueError(
-            f"{path} is cut short, or no file of torch.save (files of PyTorch before 1.6 have to "
-            "be saved again by a newer one)"
+            f"{path} is damaged or cut short, or no file of torch.save (files of PyTorch before "
+            "1.6 have to be saved again by a newer one)"
         ) from None
     except DAMAGED as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {in_a_line(error)}") from None
 
 
 class _Writer:
@@ -210,11 +245,12 @@ def write_torch(tree: Any, path: str | Path) -> None:
     path = Path(path)
     writer = _Writer()
     writer.write(tree)
-    part = path.with_name(path.name + ".part")
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        written_beside(path) as beside,
+        zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive,
+    ):
         archive.writestr(f"{path.stem}/data.pkl", bytes(writer.out) + b".")
         archive.writestr(f"{path.stem}/byteorder", "little")
         for key, array in enumerate(writer.storages):
             archive.writestr(f"{path.stem}/data/{key}", array.tobytes())
         archive.writestr(f"{path.stem}/version", "3\n")
-    part.replace(path)

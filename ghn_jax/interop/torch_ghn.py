@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from ghn_jax.deepnets1m.names import insert
+from ghn_jax.files.json_file import parse_json, read_json
+from ghn_jax.files.tensors import read_tensors, write_tensors
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.interop.joblib_file import is_joblib, read_joblib
 from ghn_jax.interop.torch_config import check_expressible, config_of, describe, ghn_of
@@ -29,17 +29,17 @@ _TABLES = ("centrality_embed_in.weight", "centrality_embed_out.weight", "input_d
 
 
 def _read_safetensors(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    state, metadata = read_tensors(path)
     try:
-        with safetensors.safe_open(path, "numpy") as file:
-            config = json.loads((file.metadata() or {}).get("config", "null"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        beside = path.with_suffix(".json")
-        if config is None and beside.is_file():
-            config = json.loads(beside.read_text())["config"]
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        config = parse_json(metadata.get("config", "null"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: its config is no JSON ({error})") from None
+    beside = path.with_suffix(".json")
+    if config is None and beside.is_file():
+        found = read_json(beside, f"it should hold the config of {path.name}")
+        if not isinstance(found, dict) or "config" not in found:
+            raise ValueError(f"{path} cannot be read: {beside} has no 'config'")
+        config = found["config"]
     return config, state
 
 
@@ -71,7 +71,8 @@ def _read(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
         if _is_state(checkpoint):
             config, state = None, checkpoint
         elif not isinstance(checkpoint, Mapping) or not {"state_dict", "config"} <= set(checkpoint):
-            found = describe(checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+            found = (describe(checkpoint) if isinstance(checkpoint, Mapping)
+                     else f"a {type(checkpoint).__name__}")  # fmt: skip
             raise ValueError(
                 f"{path} is no hypernetwork: it holds {found}, expected state_dict, config and "
                 "epoch, or tensors alone"
@@ -184,7 +185,4 @@ def save_torch_ghn(ghn: GHN, variables, path: str | Path, *, epoch: int = 0) -> 
     if path.suffix == ".pt":
         write_torch({"state_dict": state, "config": config, "epoch": epoch}, path)
     else:
-        metadata = {"config": json.dumps(config), "epoch": str(epoch)}
-        part = path.with_name(path.name + ".part")
-        safetensors.numpy.save_file(state, part, metadata)
-        part.replace(path)
+        write_tensors(path, state, {"config": json.dumps(config), "epoch": str(epoch)})

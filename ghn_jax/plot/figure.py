@@ -6,12 +6,15 @@ on servers and in threads.
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from ghn_jax.files.replace import write_beside
 
 FORMATS = (".png", ".pdf")
 
@@ -40,7 +43,9 @@ def save(figure: Figure, path: pathlib.Path | None) -> Figure:
     if path is not None:
         # Without a date, the same graph gives the same PDF, byte for byte.
         dated = path.suffix.lower() == ".pdf"
-        figure.savefig(path, metadata={"CreationDate": None} if dated else None)
+        picture, form = io.BytesIO(), path.suffix[1:].lower()
+        figure.savefig(picture, format=form, metadata={"CreationDate": None} if dated else None)
+        write_beside(path, picture.getvalue())
     return figure
 
 

@@ -25,7 +25,7 @@ from ghn_jax.training.config import TrainConfig
 from ghn_jax.training.log import BAD_UPDATES, Log, Validated
 from ghn_jax.training.mesh import ARCH, DATA, make_mesh, parse_mesh
 from ghn_jax.training.meta_batch import Stream
-from ghn_jax.training.run_folder import check_same, differences, lock
+from ghn_jax.training.run_folder import check_not_anothers, check_same, differences, lock
 from ghn_jax.training.stopping import NOTHING, SAVE, STOP, Listener, Stopped
 from ghn_jax.training.train_log import EVENTS, train_log
 from ghn_jax.training.update import MetaStep, TrainState, Update
@@ -89,7 +89,9 @@ def check(config: TrainConfig) -> None:
 
 def _check_folder(config: TrainConfig) -> None:
     """Raises ValueError where a run cannot start in its folder, or go on there."""
-    run, latest = config.run, Checkpoints(config.run.out).latest()
+    run = config.run
+    check_not_anothers(run.out)
+    latest = Checkpoints(run.out).latest()
     if latest is not None and not run.resume:
         raise ValueError(
             f"{run.out} holds a run of {latest} updates already; add --resume to go on with it, "

@@ -16,6 +16,8 @@ from typing import Any
 
 import filelock
 
+from ghn_jax.files.replace import write_beside
+from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.training.config import TrainConfig
 
 _LOCK = "run.lock"
@@ -26,6 +28,23 @@ _FREE = {
     "save_minutes", "validate_every", "validate_nets", "tensorboard", "workers", "mesh",
     "coordinator", "process_id", "num_processes", "cache_dir",
 }  # fmt: skip
+
+
+# What a run writes over or takes away: a folder with one of them and no run is somebody's.
+_WRITTEN = ("config.json", "metrics.jsonl", "bad_updates.jsonl", "checkpoints")
+
+
+def check_not_anothers(folder: Path) -> None:
+    """Raises ValueError for a folder of something else, whose files a run would write over."""
+    there = [name for name in _WRITTEN if (folder / name).exists()]
+    if not there:
+        return
+    try:
+        Checkpoints(folder).config()
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder} holds {', '.join(there)}, but no run ({error}); give another --out"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -47,7 +66,7 @@ def lock(folder: Path) -> Iterator[None]:
             f"{folder} is in use by {who}; wait until it has ended, or give another --out"
         ) from None
     try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        write_beside(owner, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
         owner.unlink(missing_ok=True)

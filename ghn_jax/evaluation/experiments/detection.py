@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from ghn_jax.detection.scenes import write_scenes
 from ghn_jax.evaluation.accuracy import predict_network, random_parameters
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.networks import Named, by_name
+from ghn_jax.files.tensors import read_tensors
 from ghn_jax.hypernet.checkpoint import load_ghns
 
 HE, SGD = "He", "SGD"
@@ -152,7 +152,7 @@ def _starts(config: Config) -> dict[str, Start]:
             raise ValueError(f"{folder} has no parameters of {', '.join(missing)}; make them with "
                              "ghn-paper trained-networks --keep-parameters")  # fmt: skip
         starts[SGD] = lambda name, network, seed: unflatten_dict(
-            safetensors.numpy.load_file(folder / f"{name}.safetensors"), sep="."
+            read_tensors(folder / f"{name}.safetensors")[0], sep="."
         )
     return starts
 

@@ -31,12 +31,12 @@ from ghn_jax.deepnets1m.graph import build_graph
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.statistics import statistics, table
 from ghn_jax.engine.programs import Programs
-from ghn_jax.evaluation.experiments.records import write_beside
+from ghn_jax.evaluation.experiments.records import TABLE, write_beside
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.training.config import TrainConfig, preset
 from ghn_jax.training.loop import check, train
 
-TABLE, STATISTICS = "table.md", "splits"
+STATISTICS = "splits"
 # Folder of a hypernetwork, which is what tables call it -> what differs from the demonstration's.
 HYPERNETWORKS: dict[str, dict[str, Any]] = {
     "GHN-2": {},
@@ -282,6 +282,9 @@ def _section(exhibit: Exhibit, folder: Path, took: str, problem: str) -> str:
     return "\n".join(parts)
 
 
+_TITLE = "The paper at small size"
+
+
 def _page(config: Config, ghns: Sequence[Path], sections: Sequence[str]) -> str:
     curves = "".join(
         f'<figure><img src="hypernetworks/{path.name}" alt="training of {path.stem}" '
@@ -293,7 +296,7 @@ def _page(config: Config, ghns: Sequence[Path], sections: Sequence[str]) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>The paper at small size</title><style>{_STYLE}</style>"
+        f"<title>{_TITLE}</title><style>{_STYLE}</style>"
         "<h1>The paper at small size</h1><p>Every experiment of <i>Parameter Prediction for Unseen "
         "Deep Architectures</i>, in minutes each: on handwritten digits of 16×16 pixels, with "
         f"small networks, and with hypernetworks that were trained for minutes ({names}). The "
@@ -323,6 +326,9 @@ def run(config: Config, report: Callable[[str], None] = tqdm.write) -> None:
             "them one by one"
         )
     exhibits = _chosen(config)
+    page = config.out / "index.html"
+    if page.exists() and _TITLE not in page.read_text(errors="replace"):
+        raise ValueError(f"{page} is another page; give another --out")
     config.out.mkdir(parents=True, exist_ok=True)
     ghns = _hypernetworks(config)
     sections, failed = [], []

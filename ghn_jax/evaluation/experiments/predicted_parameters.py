@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from tqdm import tqdm
 
 from ghn_jax.deepnets1m.architecture import Architecture
@@ -27,6 +26,7 @@ from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.evaluation.accuracy import random_parameters
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.networks import Named, of_split
+from ghn_jax.files.tensors import read_tensors
 from ghn_jax.hypernet.checkpoint import load_ghns
 
 SHAPE = (128, 1, 3, 3)  # in PyTorch's order, of depthwise and dilated depthwise convolutions
@@ -108,7 +108,7 @@ def look_at(graph: Graph, params: Mapping, shape: Sequence[int]) -> tuple[list[n
 def read_parameters(path: Path) -> dict:
     """A `params` tree that `trained-networks --keep-parameters` wrote."""
     params: dict = {}
-    for name, array in safetensors.numpy.load_file(path).items():
+    for name, array in read_tensors(path)[0].items():
         *parts, leaf = name.split(".")
         tree = params
         for part in parts:

@@ -13,12 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ghn_jax.files.digest import DIGEST, with_digest, without_digest
+from ghn_jax.files.json_file import parse_json, read_json
+from ghn_jax.files.replace import append, write_beside
+
+TABLE = "table.md"  # of an experiment
 _SETTINGS = "settings.json"
+_RECORDS = re.compile(r"records.*\.jsonl")
 
 
 def describe(experiment: str, config: Any, *, without: Collection[str]) -> dict[str, Any]:
@@ -27,30 +33,30 @@ def describe(experiment: str, config: Any, *, without: Collection[str]) -> dict[
     return json.loads(json.dumps({"experiment": experiment, **options}, default=str))
 
 
-def write_beside(path: Path, content: str | bytes) -> None:
-    """Replaces a file at once: whatever happens, the old content is there or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
-    beside.replace(path)
+def _complete(path: Path, *, signed: bool) -> list[dict]:
+    """The records of a file; a last line that was cut off is not one.
 
-
-def _complete(path: Path) -> list[dict]:
-    """The records of a file; a last line that was cut off is not one."""
+    Args:
+      path: of the file.
+      signed: whether all of them have a digest.
+    """
     records = []
-    lines = path.read_text().split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line:
             continue
+        where, advice = f"{path}, line {number}", "remove the line: its network is computed again"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line)
+        except ValueError as error:
             if number == len(lines):  # no newline behind it: the process ended while it wrote
                 continue
-            raise ValueError(f"{path}, line {number}, is damaged ({error}); remove the line, and "
-                             "its network is computed again") from error  # fmt: skip
+            raise ValueError(f"{where}, is damaged ({error}); {advice}") from error
         if not isinstance(record, dict) or "name" not in record:
-            raise ValueError(f"{path}, line {number}, is no record: it has no 'name'")
-        records.append(record)
+            raise ValueError(f"{where}, is no record: it has no 'name'; {advice}")
+        if signed and DIGEST not in record:
+            raise ValueError(f"{where}, is damaged: it has no digest; {advice}")
+        records.append(without_digest(record, f"{where} ({advice})"))
     return records
 
 
@@ -82,7 +88,10 @@ class Records(Mapping[str, dict]):
         settings = json.loads(json.dumps(settings))
         path = folder / _SETTINGS
         if path.exists():
-            before = json.loads(path.read_text())
+            before = read_json(path, "restore it, or give another folder")
+            if not isinstance(before, dict):
+                raise ValueError(f"{path} holds no settings; restore it, or give another folder")
+            before = without_digest(before, path)
             other = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
             if other:
                 changes = ", ".join(f"{k} {before.get(k)!r} (now {settings.get(k)!r})"
@@ -90,21 +99,26 @@ class Records(Mapping[str, dict]):
                 raise ValueError(f"{folder} has records with {changes}; give the same options, or "
                                  "another folder")  # fmt: skip
         else:
-            write_beside(path, json.dumps(settings, indent=1) + "\n")
+            theirs = [p.name for p in folder.iterdir() if p.name == TABLE or _RECORDS.match(p.name)]
+            if theirs:
+                raise ValueError(f"{folder} holds {', '.join(theirs)}, but no {_SETTINGS} of an "
+                                 "experiment; give another folder")  # fmt: skip
+            write_beside(path, json.dumps(with_digest(settings), indent=1) + "\n")
         path = folder / (f"records-{unit}.jsonl" if unit else "records.jsonl")
         if path.exists():  # a last line that was cut off would spoil the next one
-            text = path.read_text()
-            if text and not text.endswith("\n"):
-                write_beside(path, text[: text.rfind("\n") + 1])
+            content = path.read_bytes()
+            if content and not content.endswith(b"\n"):
+                write_beside(path, content[: content.rfind(b"\n") + 1])
         return cls(path, read_records(folder))
 
     def add(self, record: dict) -> None:
-        """Writes a record, at once and to the disk."""
-        line = json.dumps(record) + "\n"
-        with self.path.open("a") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        """Writes a record, at once and to the disk.
+
+        Raises:
+          OSError: it could not be written; those before it are as they were.
+        """
+        line = json.dumps(with_digest(record)) + "\n"
+        append(self.path, line)
         self._found[record["name"]] = record
 
     def __getitem__(self, name: str) -> dict:
@@ -123,8 +137,15 @@ def read_records(folder: str | Path) -> dict[str, dict]:
     Raises:
       ValueError: a line is damaged.
     """
-    files = sorted(Path(folder).glob("records*.jsonl"))
-    return {record["name"]: record for path in files for record in _complete(path)}
+    folder = Path(folder)
+    # Folders of before have no digests, nor have their first records.
+    settings = folder / _SETTINGS
+    signed = settings.exists() and f'"{DIGEST}"'.encode() in settings.read_bytes()
+    return {
+        record["name"]: record
+        for path in sorted(folder.glob("records*.jsonl"))
+        for record in _complete(path, signed=signed)
+    }
 
 
 def count_records(folder: str | Path) -> int:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ghn_jax.evaluation.experiments.records import write_beside
+from ghn_jax.files.digest import DIGEST, digest_of_arrays
+from ghn_jax.files.json_file import parse_json
+from ghn_jax.files.messages import in_a_line
+from ghn_jax.files.replace import write_beside
 
 _RECORD = "record"
+# What reading a damaged file raises: it is a ZIP archive of arrays with a header in Python's words.
+_DAMAGED = (
+    OSError, KeyError, ValueError, TypeError, SyntaxError, OverflowError, MemoryError, EOFError,
+    RuntimeError, struct.error, zlib.error, tokenize.TokenError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 class SavedState:
@@ -29,7 +40,10 @@ class SavedState:
     def save(self, state: Any, record: dict) -> None:
         """Writes both; the file before stays as it is until they are written."""
         leaves = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
-        leaves[_RECORD] = np.frombuffer(json.dumps(record).encode(), np.uint8)
+        text = json.dumps(record)
+        digest = digest_of_arrays(leaves.values(), text)
+        leaves[_RECORD] = np.frombuffer(text.encode(), np.uint8)
+        leaves[DIGEST] = np.frombuffer(digest.encode(), np.uint8)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = io.BytesIO()
         np.savez(file, allow_pickle=False, **leaves)
@@ -50,10 +64,16 @@ class SavedState:
         try:
             with self.path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 found = [file[str(i)] for i in range(len(leaves))]
-                record = json.loads(bytes(file[_RECORD]))
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.path} is damaged ({error}); remove it, and its network "
-                             "is trained from the start") from error  # fmt: skip
+                text = bytes(file[_RECORD]).decode()
+                record = parse_json(text)
+                digest = bytes(file[DIGEST]).decode() if DIGEST in file else None
+            if digest is not None and digest != digest_of_arrays(found, text):
+                raise ValueError("its digest differs")
+        except _DAMAGED as error:
+            raise ValueError(
+                f"{self.path} is damaged ({in_a_line(error)}); remove it, and its network is "
+                "trained from the start"
+            ) from error
         for have, want in zip(found, leaves, strict=True):
             if have.shape != np.shape(want):
                 raise ValueError(

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from tqdm import tqdm
 
 from ghn_jax.data.augment import cut_out
@@ -43,6 +42,7 @@ from ghn_jax.evaluation.module_training import ModuleTraining
 from ghn_jax.evaluation.network_training import NetworkTraining
 from ghn_jax.evaluation.networks import Named, by_name, module_of, of_file, of_split
 from ghn_jax.evaluation.recipe import Recipe
+from ghn_jax.files.tensors import write_tensors
 from ghn_jax.hypernet.checkpoint import load_ghn
 
 NEVER = 2.0  # convergence of a network that did not, as in the authors' results
@@ -315,10 +315,7 @@ def run(config: Config) -> list[dict]:
 def _write_parameters(path: Path, params: Mapping) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves, _ = jax.tree.flatten_with_path(params)
-    arrays = {
-        ".".join(key.key for key in keys): np.ascontiguousarray(leaf) for keys, leaf in leaves
-    }
-    write_beside(path, safetensors.numpy.save(arrays))
+    write_tensors(path, {".".join(key.key for key in keys): leaf for keys, leaf in leaves})
 
 
 def _finish(config: Config, todo: list[Named], records: Records) -> list[dict]:
