@@ -57,7 +57,7 @@ def test_nothing_is_overwritten(saved):
         ('"features": 32', '"features": 16', "does not fit the module: .* arrays of 'params'"),
         ('"virtual_edges": 50', '"virtual_edges": 1', "does not fit the module: .*gnn/mlp_0"),
         ('"layer_norm": true,', "", "describes a hypernetwork by"),
-        ('"ghn": {', '"ghn": [', "is damaged"),
+        ('"ghn": {', '"ghn": [', "is truncated or not JSON"),
         ('"ghn"', '"net"', "is damaged"),
     ],
 )

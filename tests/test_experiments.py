@@ -80,6 +80,7 @@ def test_a_record_that_was_cut_off_is_dropped(tmp_path):
 
 def test_damaged_records_are_named(tmp_path):
     records = Records.open(tmp_path, {})
+    (tmp_path / "settings.json").write_text("{}")  # as before there were digests
     records.path.write_text('{"name": "x"}\n{"nam\n{"name": "y"}\n')
     with pytest.raises(ValueError, match=r"records.jsonl, line 2, is damaged"):
         Records.open(tmp_path, {})
