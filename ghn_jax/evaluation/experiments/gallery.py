@@ -71,6 +71,7 @@ class Exhibit:
       title: what it shows.
       paper: what the paper has, to compare with.
       trained: the option that takes the folder of `trained-networks`, if there is one.
+      hypernetworks: how many it is made with, at most.
       options: that differ from those of its quick form.
     """
 
@@ -79,6 +80,7 @@ class Exhibit:
     title: str
     paper: str
     trained: str = ""
+    hypernetworks: int = 3
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -121,6 +123,7 @@ EXHIBITS = (
         "detection", "Table 6, right", "Detection of pedestrians",
         "AP at 0.5 on Penn-Fudan, ResNet-50: He 0.197, GHN-1 0.433, GHN-2 0.560. Here: drawn "
         "scenes.",
+        hypernetworks=1,
     ),
     Exhibit(
         "activations", "Fig. 8", "Variance of activations",
@@ -207,7 +210,7 @@ def _make(exhibit: Exhibit, config: Config, ghns: tuple[Path, ...]) -> None:
     fields = {field.name: field for field in dataclasses.fields(module.Config)}
     if "ghn" in fields:
         several = str(fields["ghn"].type).startswith("tuple")
-        options["ghn"] = ghns if several else ghns[0]
+        options["ghn"] = ghns[: exhibit.hypernetworks] if several else ghns[0]
     if exhibit.trained:
         folder = config.out / "trained-networks"
         several = str(fields[exhibit.trained].type).startswith("tuple")

@@ -231,7 +231,7 @@ def quick() -> Config:
     """Of the networks that `ghn-paper trained-networks --quick` has trained."""
     return Config(
         fit=(Path("runs/quick/trained_networks"),), test=(), image_size=16, neupred_runs=1,
-        neupred_epochs=20, out=Path("runs/quick/properties"),
+        neupred_epochs=200, out=Path("runs/quick/properties"),
     )  # fmt: skip
 
 
