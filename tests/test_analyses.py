@@ -450,3 +450,10 @@ def test_table_of_training_speed():
     large = training_speed.table([{**record, "dataset": "imagenet2012", "seconds": None}])
     assert "1 x H100 | out of memory | – | – | – |" in large
     assert "ghn2, the paper | 8 | imagenet2012 | 1 x V100 | out of memory | – |" in large
+
+
+def test_a_method_has_one_colour():
+    some, others = method_colors(["GHN-1", "a", "GHN-2", "b"]), method_colors(["He", "GHN-2"])
+    assert some["GHN-2"] == others["GHN-2"]
+    assert len(set(some.values())) == 4
+    assert len(set(method_colors(map(str, range(6))).values())) == 6

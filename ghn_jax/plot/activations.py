@@ -10,9 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ghn_jax.plot.figure import canvas, check_path, save, tidy
+from ghn_jax.plot.figure import canvas, check_path, method_colors, save, tidy
 
-_COLORS = ("#5f5f5f", "#123a80", "#b5432a", "#e39b2d", "#3d8b57", "#7b52a3")
 _LINES = ("--", "-", ":", "-.")
 
 
@@ -41,13 +40,13 @@ def activation_figure(
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1, 2)
     for axes, scale in zip(panels, ("linear", "log"), strict=True):
-        for i, names in enumerate(groups.values()):
+        for names, color in zip(groups.values(), method_colors(groups).values(), strict=True):
             for j, name in enumerate(names):
                 values = np.array([layer.variance for layer in curves[name]], float)
                 values[~np.isfinite(values)] = np.nan
                 axes.plot(
                     np.arange(len(values)), values, _LINES[j % len(_LINES)], label=name,
-                    color=_COLORS[i % len(_COLORS)], marker="o", markersize=3, linewidth=1.4,
+                    color=color, marker="o", markersize=3, linewidth=1.4,
                 )  # fmt: skip
         axes.set_yscale(scale)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -9,9 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ghn_jax.plot.figure import canvas, check_path, save, tidy
-
-_COLORS = ("#5f5f5f", "#123a80", "#b5432a", "#e39b2d", "#3d8b57", "#7b52a3")
+from ghn_jax.plot.figure import canvas, check_path, method_colors, save, tidy
 
 
 def convergence_figure(records: Sequence[Mapping], path: str | os.PathLike | None = None) -> Figure:
@@ -31,8 +29,9 @@ def convergence_figure(records: Sequence[Mapping], path: str | os.PathLike | Non
     figure = canvas(8.0, 3.4)
     figure.set_layout_engine("constrained")
     loss, accuracy = figure.subplots(1, 2)
-    for i, record in enumerate(records):
-        look = {"color": _COLORS[i % len(_COLORS)], "marker": "o", "markersize": 3,
+    colors = method_colors(record["start"] for record in records)
+    for record in records:
+        look = {"color": colors[record["start"]], "marker": "o", "markersize": 3,
                 "linewidth": 1.4, "label": f"from {record['start']}"}  # fmt: skip
         losses = np.array(record["loss"], float)
         losses[~np.isfinite(losses)] = np.nan
@@ -70,8 +69,9 @@ def meta_batch_figure(
     figure.set_layout_engine("constrained")
     by_update, by_share = figure.subplots(1, 2, sharey=True)
     shortest = min(updates[-1] for updates, _ in curves.values())
-    for i, (name, (updates, losses)) in enumerate(curves.items()):
-        look = {"color": _COLORS[1 + i % (len(_COLORS) - 1)], "linewidth": 1.2, "label": name}
+    colors = method_colors(curves)
+    for name, (updates, losses) in curves.items():
+        look = {"color": colors[name], "linewidth": 1.2, "label": name}
         same = updates <= shortest
         by_update.plot(updates[same], losses[same], **look)
         by_share.plot(updates / updates[-1], losses, **look)

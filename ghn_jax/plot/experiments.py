@@ -9,10 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ghn_jax.plot.figure import canvas, check_path, save, tidy
+from ghn_jax.plot.figure import canvas, check_path, method_colors, save, tidy
 
 _LOSS, _ACCURACY, _FAINT = "#b5432a", "#123a80", "#c8c8c8"
-_COLORS = ("#c8c8c8", "#7aa3dc", "#123a80", "#e39b2d", "#3d8b57", "#7b52a3")
 
 
 def epoch_curves(records: Sequence[dict], path: str | os.PathLike | None = None) -> Figure:
@@ -68,7 +67,7 @@ def property_bars(results: Sequence[Mapping], path: str | os.PathLike | None = N
     picture = canvas(1.5 + 1.6 * len(names), 3.6)
     picture.set_layout_engine("constrained")
     axes = picture.subplots()
-    width = 0.8 / len(methods)
+    width, colors = 0.8 / len(methods), method_colors(methods)
     for i, method in enumerate(methods):
         mine = [r for r in results if r["method"] == method]
         aside = (i - (len(methods) - 1) / 2) * width
@@ -77,7 +76,7 @@ def property_bars(results: Sequence[Mapping], path: str | os.PathLike | None = N
             [r["mean"] for r in mine],
             width,
             yerr=[r["std"] for r in mine],
-            color=_COLORS[i % len(_COLORS)],
+            color=colors[method],
             error_kw={"elinewidth": 0.9},
             label=method,
         )
@@ -176,13 +175,14 @@ def architecture_curves(
     picture.set_layout_engine("constrained")
     panels = picture.subplots(1, 2)
     lines = (("train_top1", 0, "-", ""), ("id", 1, "-", ", ID"), ("ood", 1, "--", ", OOD"))
-    for i, size in enumerate(dict.fromkeys(r["meta_batch"] for r in results)):
+    colors = method_colors(dict.fromkeys(r["meta_batch"] for r in results))
+    for size in colors:
         for key, panel, style, kind in lines:
             mine = sorted((r["count"], r[key]) for r in results
                           if r["meta_batch"] == size and key in r)  # fmt: skip
             if mine:
                 panels[panel].plot(
-                    *zip(*mine, strict=True), style, color=_COLORS[1 + i], marker="o",
+                    *zip(*mine, strict=True), style, color=colors[size], marker="o",
                     markersize=3, linewidth=1.4, label=f"$b_m$ = {size}{kind}",
                 )  # fmt: skip
     for axes, label in zip(panels, ("training accuracy", "accuracy, unseen networks"), strict=True):

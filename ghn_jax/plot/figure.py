@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pathlib
+from collections.abc import Iterable
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,6 +18,19 @@ from matplotlib.figure import Figure
 from ghn_jax.files.replace import write_beside
 
 FORMATS = (".png", ".pdf")
+# A method has one colour in all figures.
+_METHODS = {"GHN-2": "#123a80", "GHN-1": "#b5432a", "MLP": "#e39b2d", "NeuPred": "#3d8b57",
+            "He": "#5f5f5f", "SGD": "#5f5f5f"}  # fmt: skip
+_OTHERS = ("#7aa3dc", "#7b52a3", "#3d8b57", "#e39b2d", "#b5432a", "#c8c8c8")
+
+
+def method_colors(methods: Iterable[str]) -> dict[str, str]:
+    """A colour for each method; those without one of their own get the others in turn."""
+    found: dict[str, str] = {}
+    for method in methods:
+        unused = [c for c in _OTHERS if c not in found.values()] or [*_OTHERS]
+        found[method] = _METHODS.get(method, unused[0])
+    return found
 
 
 def canvas(width: float, height: float) -> Figure:

@@ -9,9 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ghn_jax.plot.figure import canvas, check_path, save, tidy
-
-_COLORS = ("#123a80", "#b5432a", "#e39b2d", "#3d8b57", "#7b52a3", "#5f5f5f")
+from ghn_jax.plot.figure import canvas, check_path, method_colors, save, tidy
 
 
 def generalisation_figure(
@@ -41,7 +39,7 @@ def generalisation_figure(
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (name, panel) in zip(every, panels.items(), strict=True):
         axes.axvspan(*panel.trained, color="#dcefdc", linewidth=0, gid="training")
-        for method, color in zip(methods, _cycle(len(methods)), strict=True):
+        for method, color in method_colors(methods).items():
             mine = [p for p in points if (p.panel, p.method) == (name, method)]
             if mine:
                 axes.errorbar(
@@ -61,7 +59,3 @@ def generalisation_figure(
         fontsize=9,
     )  # fmt: skip
     return save(figure, path)
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLORS[i % len(_COLORS)] for i in range(count)]
