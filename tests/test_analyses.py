@@ -22,6 +22,7 @@ from ghn_jax.evaluation.experiments.records import Records, read_records
 from ghn_jax.hypernet.checkpoint import Checkpoints, save_ghn
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.plot.convergence import convergence_figure, meta_batch_figure
+from ghn_jax.plot.figure import method_colors
 from ghn_jax.plot.generalisation import generalisation_figure
 
 EDGES = (("conv_1x1", 0), ("skip_connect", 1))
