@@ -76,11 +76,11 @@ class Config:
 
 
 def quick() -> Config:
-    """A small network on drawn scenes: five minutes on two cores."""
+    """A small network on drawn scenes: ten minutes on two cores."""
     return Config(
         scenes=240, test_images=40, networks=("DARTS",), width=16, cells=2, shorter=160, longer=200,
         anchor_sizes=(32, 64, 128), proposals=400, regions=64, hidden=256, learning_rate=0.02,
-        decay_epochs=10, epochs=14, batch_size=4, seeds=1, out=Path("runs/quick/detection"),
+        decay_epochs=30, epochs=40, batch_size=4, seeds=1, out=Path("runs/quick/detection"),
     )  # fmt: skip
 
 
