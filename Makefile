@@ -26,7 +26,7 @@ test-slurm: $(VENV)/.installed-test
 
 # 3,000 updates in which nothing may grow, and 30 kills that may cost nothing: a table of figures.
 test-endurance: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 0 -s -m endurance tests/test_endurance.py
+	$(BIN)/python -m pytest -n 2 --dist load -rP -m endurance tests/test_endurance.py
 
 # 10,000 damaged files of every format, each with a fixed seed: ten minutes.
 test-damage: $(VENV)/.installed-test
