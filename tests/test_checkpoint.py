@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from ghn_jax.files.digest import digest_of_arrays
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn, load_ghns, save_ghn
 from ghn_jax.hypernet.ghn import GHN, mlp_baseline
 
@@ -226,3 +227,9 @@ def test_several_hypernetworks_have_the_names_of_their_folders(tmp_path):
     with pytest.raises(ValueError, match="folders called 'x'"):
         load_ghns([tmp_path / "a/x", tmp_path / "b/x"])
     assert list(load_ghns([])) == ["untrained GHN-2"]
+
+
+def test_digests_are_those_of_checkpoints_of_before():
+    arrays = [np.int32(3), np.zeros((2, 0)), np.ones((2, 3))]
+    expected = "b3d4791e6ccd453d77bfbf52143d3e9e20dd9ee3f11ab6818ffa4015b7c48029"
+    assert digest_of_arrays(arrays, "1 2") == expected
