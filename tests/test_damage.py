@@ -252,6 +252,9 @@ def test_files_in_each_others_place_are_found_out(tmp_path):
         networks = [entry_and_graph(arch, rules_of("test")) for arch in architectures]
         write_deepnets1m(folder / "nets.hdf5", {"test": networks})
     shutil.copy(two / "nets.hdf5", one / "nets.hdf5")
+    with pytest.raises(ValueError, match=r"graph 0 (is not as it was|has adjacency)"):
+        DeepNets1M.open(one / "nets.hdf5").graph(0)
+    shutil.copy(two / "nets_meta.json", one / "nets_meta.json")
     with pytest.raises(ValueError, match=r"nets_meta.json is not the meta file .* digest differs"):
         DeepNets1M.open(one / "nets.hdf5")
     # Two graphs of a file, which fit each other's entries but for what they are.
@@ -372,8 +375,9 @@ def test_a_hdf5_file_that_says_it_is_large(tmp_path, memory):
     meta = json.loads((tmp_path / "nets_meta.json").read_text())
     meta["test"]["nets"][0]["num_nodes"] = 100_000
     (tmp_path / "nets_meta.json").write_text(json.dumps(meta))
+    (tmp_path / "nets_digests.json").unlink()
     with h5py.File(tmp_path / "nets.hdf5", "a") as file:
-        del file.attrs["meta_sha256"], file["test/0/adj"], file["test/0/nodes"]
+        del file["test/0/adj"], file["test/0/nodes"]
         file.create_dataset("test/0/adj", (100_000, 100_000), np.uint8, compression="gzip")
         file.create_dataset("test/0/nodes", (100_000, 3), np.uint16, chunks=(1000, 3))
     with memory, pytest.raises(ValueError, match="graph 0 cannot be read .*in 0 bytes"):

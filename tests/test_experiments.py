@@ -110,7 +110,7 @@ def test_networks_of_a_split_and_by_name(tmp_path):
         (lambda: of_split("tests"), "'tests'; allowed: val, test"),
         (lambda: of_split("test", 500, 600), "no network from 500"),
         (lambda: by_name(["resnet51"]), "no network 'resnet51'; allowed: DARTS"),
-        (lambda: of_file(__file__), "no file of architectures"),
+        (lambda: of_file(__file__), "truncated or not JSON"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

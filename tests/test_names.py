@@ -114,8 +114,8 @@ def test_scripts_are_thin():
 
 def test_packages_import_no_package_above_them():
     """The order in which packages stand: each imports only from those before it."""
-    order = ["deepnets1m", "zoo", "data", "plot", "hypernet", "engine", "tracing", "training",
-             "detection", "evaluation", "interop", "cli"]  # fmt: skip
+    order = ["files", "deepnets1m", "zoo", "data", "plot", "hypernet", "engine", "tracing",
+             "training", "detection", "evaluation", "interop", "cli"]  # fmt: skip
     for path in ROOT.glob("ghn_jax/*/**/*.py"):
         package = path.relative_to(ROOT / "ghn_jax").parts[0]
         for node in ast.walk(ast.parse(path.read_text())):
@@ -139,7 +139,7 @@ def test_requirements_are_those_of_all_extras():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     listed = {re.sub(r"\s*#.*", "", line) for line in lines} - {""}
     extras = PROJECT["optional-dependencies"]
-    parts = ("train", "plot", "cluster", "detection")
+    parts = ("train", "plot", "cluster", "tensorboard", "detection")
     assert listed == {*PROJECT["dependencies"], *(line for part in parts for line in extras[part])}
     assert extras["all"] == [f"ghn_jax[{','.join(parts)}]"]
 

@@ -37,9 +37,8 @@ _IMAGENET_WIDEN = 2
 
 STORED_PATHS = 250  # longest paths in the files
 
-# Where the writer puts digests; official files have none. The HDF5 file has that of the meta file,
-# which has those of its graphs.
-META_DIGEST, GRAPH_DIGESTS = "meta_sha256", "digests"
+# In the file of digests, beside those of the graphs of each split; official files have none.
+META_DIGEST = "meta_sha256"
 
 # What HDF5 raises where a file is damaged.
 _DAMAGED = (
@@ -149,6 +148,15 @@ def _read_meta(path: Path, digest: str | None) -> dict[str, Any]:
     return meta
 
 
+def _read_digests(path: Path) -> dict[str, Any]:
+    """Digests of a meta file and of the graphs of each split; none of official files."""
+    if not path.exists():
+        return {}
+    digests = read_json(path, "remove it to read the files unchecked")
+    _require(isinstance(digests, dict), f"{path} is damaged; remove it to read the files unchecked")
+    return digests
+
+
 def graph_digest(distances: np.ndarray, nodes: np.ndarray, place: str) -> str:
     """Of what an HDF5 file holds of a graph, and of where: 'test/7'."""
     return digest_of_arrays((distances, nodes), place)[:16]
@@ -175,6 +183,11 @@ def _stored(dataset: Any, shape: tuple[int, ...]) -> np.ndarray:
 def meta_path(path: Path) -> Path:
     """The meta file that belongs to an HDF5 file."""
     return path.with_name(path.stem + "_meta.json")
+
+
+def digests_path(path: Path) -> Path:
+    """The file beside an HDF5 file that says what it and its meta file held when written."""
+    return path.with_name(path.stem + "_digests.json")
 
 
 def _require_file(path: Path, what: str) -> None:
@@ -221,6 +234,7 @@ class DeepNets1M:
         path: Path,
         split: str,
         meta: Mapping[str, Any],
+        digests: Sequence[str] | None,
         rules: Rules,
         image_size: int,
         seed: int,
@@ -231,7 +245,7 @@ class DeepNets1M:
         self.seed = seed
         self._rules = rules
         self._image_size = image_size
-        self._nets, self._digests = meta["nets"], meta.get(GRAPH_DIGESTS)
+        self._nets, self._digests = meta["nets"], digests
         tables = meta["meta"]
         self.tables = Tables(
             _table(tables, "primitives_ext", path), _table(tables, "unique_op_names", path)
@@ -271,13 +285,14 @@ class DeepNets1M:
         _require_file(path, "give the path of an official file such as deepnets1m_eval.hdf5")
         with _open_hdf5(path) as file:
             try:
-                digest, present = file.attrs.get(META_DIGEST), list(file)
+                present = list(file)
                 sizes = {name: len(file[name]) for name in present}
             except _DAMAGED as error:
                 raise ValueError(
                     f"{path} is damaged ({in_a_line(error)}); download it again"
                 ) from error
-        meta = _read_meta(meta_path(path), digest)
+        digests = _read_digests(digests_path(path))
+        meta = _read_meta(meta_path(path), digests.get(META_DIGEST))
         split = _choose_split(split, present, meta, path)
         graphs, meta = sizes[split], meta[split]
         _require(
@@ -285,7 +300,7 @@ class DeepNets1M:
             and isinstance(meta.get("nets"), list)
             and all(isinstance(net, dict) for net in meta["nets"])
             and isinstance(meta.get("meta"), dict)
-            and len(meta.get(GRAPH_DIGESTS, meta["nets"])) == len(meta["nets"]),
+            and len(digests.get(split, meta["nets"])) == len(meta["nets"]),
             f"{meta_path(path)}: split {split!r} has no 'nets' and 'meta'; download it again",
         )
         _require(
@@ -298,7 +313,7 @@ class DeepNets1M:
         rules = dataclasses.replace(rules, image_size=image_size)
         if rules.widen > 1 and Task(image_size=image_size).large:
             rules = dataclasses.replace(rules, widen=_IMAGENET_WIDEN)
-        return cls(path, split, meta, rules, image_size, seed)
+        return cls(path, split, meta, digests.get(split), rules, image_size, seed)
 
     def __len__(self) -> int:
         return len(self._nets)

@@ -7,11 +7,12 @@ it was.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,23 @@ import numpy as np
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import PRIMITIVES, build_graph
 from ghn_jax.deepnets1m.reader import (
-    GRAPH_DIGESTS,
     META_DIGEST,
     STORED_PATHS,
     FileGraph,
     Tables,
+    digests_path,
     graph_digest,
     meta_path,
 )
 from ghn_jax.deepnets1m.sampling import Rules, reference_size
 from ghn_jax.files.replace import written_beside
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+_HDF5_ROOM = 2**23  # bytes that a file may grow by beside what is written to it
 
 
 def entry_and_graph(arch: Architecture, rules: Rules) -> tuple[dict[str, Any], FileGraph]:
@@ -82,7 +90,8 @@ def _local(name: str) -> str:
 
 def _write_split(
     group: h5py.Group, networks: Iterable[tuple[Mapping, FileGraph]], tables: Tables
-) -> dict:
+) -> tuple[dict[str, Any], list[str]]:
+    """Writes the graphs of a split; its part of the meta file, and the graphs' digests."""
     primitives, names = _Names(tables.primitives), _Names(tables.names)
     entries, digests = [], []
     for i, (entry, graph) in enumerate(networks):
@@ -90,57 +99,29 @@ def _write_split(
         nodes = np.array(
             [(primitives(p), cell, names(_local(name))) for p, cell, name in rows], np.uint16
         )
+        _check_room(Path(group.file.filename), graph.distances.nbytes + nodes.nbytes)
         group.create_dataset(f"{i}/adj", data=graph.distances)
         group.create_dataset(f"{i}/nodes", data=nodes)
         entries.append(dict(entry))
         place = f"{group.name.removeprefix('/')}/{i}"
         digests.append(graph_digest(graph.distances, nodes, place))
-    return {
-        "nets": entries,
-        "meta": {"primitives_ext": primitives.table(), "unique_op_names": names.table()},
-        GRAPH_DIGESTS: digests,
-    }
+    meta = {"primitives_ext": primitives.table(), "unique_op_names": names.table()}
+    return {"nets": entries, "meta": meta}, digests
 
 
-class _Sink:
-    """A file that HDF5 writes to: some versions of it crash where writing fails.
+def _check_room(path: Path, more: int) -> None:
+    """Raises OSError where a file cannot grow by so many bytes, and some for HDF5 itself.
 
-    It is told of no failure, and what it writes after one is dropped; `checked` tells.
+    Some versions of HDF5 crash where they cannot write, so they are not let come to that.
     """
-
-    def __init__(self, file: io.BufferedRandom):
-        self._file = file
-        self._error: OSError | None = None
-        self.seek, self.tell = file.seek, file.tell
-        self.read, self.readinto = file.read, file.readinto
-
-    def write(self, data) -> int:
-        self._try(self._file.write, data)
-        return len(data)
-
-    def truncate(self, size: int | None = None) -> int:
-        self._try(self._file.truncate, size)
-        return size or 0
-
-    def flush(self) -> None:
-        self._try(self._file.flush)
-
-    def _try(self, act: Callable, *args: Any) -> None:
-        if self._error is None:
-            try:
-                act(*args)
-            except OSError as error:
-                self._error = error
-
-    def checked(self, passed: Any = None) -> Any:
-        """Passes something on if all has been written so far.
-
-        Raises:
-          OSError: that of the first failure.
-        """
-        if self._error is not None:
-            raise self._error
-        return passed
+    needed = more + _HDF5_ROOM
+    have = path.stat().st_size if path.exists() else 0
+    if resource is not None:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit != resource.RLIM_INFINITY and have + needed > limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    if shutil.disk_usage(path.parent).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_deepnets1m(
@@ -150,8 +131,8 @@ def write_deepnets1m(
 ) -> None:
     """Writes an official HDF5 file and, beside it, its meta file.
 
-    Both appear under their names only when they are complete. They hold digests of what is in them,
-    which the authors' code passes over.
+    They appear under their names only when they are complete. A third file has digests of what is
+    in them, which have no place in the authors' formats.
 
     Args:
       path: the HDF5 file, such as 'deepnets1m_eval.hdf5'.
@@ -164,26 +145,29 @@ def write_deepnets1m(
       OSError: they could not be written; nothing is left of them.
     """
     path = Path(path)
-    targets = (path, meta_path(path))
+    targets = (path, meta_path(path), digests_path(path))
     for target in targets:
         if target.exists():
             raise FileExistsError(f"{target} exists; remove it or give another name")
     known = tables or {}
     with contextlib.ExitStack() as stack:
-        # Entered first, renamed last: where there is the HDF5 file, there is its meta file.
-        beside, meta_beside = (stack.enter_context(written_beside(target)) for target in targets)
-        sink = _Sink(stack.enter_context(beside.open("wb+")))
-        with h5py.File(sink, "w") as file:
+        # Entered first, renamed last: where there is the HDF5 file, there are the others.
+        beside, meta_beside, digests_beside = (
+            stack.enter_context(written_beside(target)) for target in targets
+        )
+        _check_room(beside, 0)
+        with h5py.File(beside, "w") as file:
             file.attrs["title"] = "DeepNets-1M"
-            meta = {
+            written = {
                 split: _write_split(
                     file.create_group(split),
-                    map(sink.checked, networks),
+                    networks,
                     known.get(split, Tables((), ())),
                 )
                 for split, networks in splits.items()
             }
-            content = json.dumps(meta).encode()
-            file.attrs[META_DIGEST] = hashlib.sha256(content).hexdigest()
-        sink.checked()
+        content = json.dumps({split: meta for split, (meta, _) in written.items()}).encode()
         meta_beside.write_bytes(content)
+        digests = {split: digests for split, (_, digests) in written.items()}
+        digests[META_DIGEST] = hashlib.sha256(content).hexdigest()
+        digests_beside.write_text(json.dumps(digests))
