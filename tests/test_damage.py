@@ -340,6 +340,8 @@ def test_small_pickles_that_ask_for_much(name, tmp_path, memory):
                 read(path)
         except ValueError as error:
             check_message(error, tmp_path)
+            # Not by the limit of this test: before it is asked for.
+            assert name != "what it remembers is numbered" or "remembers a value" in str(error)
         else:
             assert name == "brackets"  # it is read, as data that is no hypernetwork
 
