@@ -27,6 +27,7 @@ from ghn_jax.deepnets1m.sampling import SPLITS
 from ghn_jax.engine.compilation import keep_programs
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
+from ghn_jax.evaluation.experiments.records import check_settings
 from ghn_jax.evaluation.networks import by_name, of_split
 from ghn_jax.files.digest import digest_of_arrays, with_digest, without_digest
 from ghn_jax.files.json_file import read_json
@@ -112,14 +113,7 @@ def read_results(path: Path, settings: Mapping[str, Any]) -> dict[str, dict]:
         raise ValueError(f"{path} exists, and is no file of this program's records; {advice}")
     for i, record in enumerate(records):
         without_digest(record, f"{path}, record {i},")
-        before = record["settings"]
-        if before != settings:
-            changes = ", ".join(
-                f"{key} {before.get(key)!r} (now {value!r})"
-                for key, value in settings.items()
-                if before.get(key) != value
-            )
-            raise ValueError(f"{path} has records with {changes}; give the same, or {advice[5:]}")
+        check_settings(settings, record["settings"], path, "another --out")
     return {record["name"]: record for record in records}
 
 

@@ -38,7 +38,8 @@ try:
 except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_HDF5_ROOM = 2**23  # bytes that a file may grow by beside what is written to it
+# Bytes that a file may grow by beside what is written to it: HDF5 holds back as many at most.
+_HDF5_ROOM = 2**25
 
 
 def entry_and_graph(arch: Architecture, rules: Rules) -> tuple[dict[str, Any], FileGraph]:

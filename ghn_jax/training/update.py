@@ -122,7 +122,7 @@ class MetaStep:
         programs: Programs | None = None,
     ):
         self.ghn, self.optimizer, self.smoothing = ghn, optimizer, smoothing
-        self.average = average
+        self.average, self._shard = average, shard
         self.mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
         self.replicated = NamedSharding(self.mesh, P())
         here = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
@@ -162,13 +162,14 @@ class MetaStep:
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32), average)
 
     def place(self, state: TrainState) -> TrainState:
-        """A state that is whole on every device, as updates take it."""
+        """As updates take it, of a state that is whole on every device."""
+        if not self._shard:
+            return state
         return jax.jit(lambda tree: tree, out_shardings=self.placement)(state)
 
     def whole(self, tree: Any) -> Any:
         """A state, or a part of it, whole on every device."""
-        whole = all(x.is_fully_replicated for x in jax.tree.leaves(tree))
-        return tree if whole else self._whole(tree)
+        return self._whole(tree) if self._shard else tree
 
     def close(self) -> None:
         """Compiles nothing more."""
@@ -272,14 +273,11 @@ class MetaStep:
             )
         return sums
 
-    def _run(self, network: Prepared, loss: Program, tiles, images, labels, seed, weight):
-        """(2,) loss and accuracy of a network, and the cotangents of its tiles."""
-        engine, dropout = self.engine, len(network.plan.wiring.head.dims) > 2
-        logits, trace = engine.forward(
-            network, tiles, images, keep=True, seed=seed if dropout else None
-        )
-        totals, dlogits = loss(logits, labels, weight)
-        return totals, engine.backward(network, tiles, trace, dlogits)
+    def _forward(self, network: Prepared, tiles, images, step, member: int):
+        """(B, classes) of a network with its dropout, and the trace for the way back."""
+        dropout = len(network.plan.wiring.head.dims) > 2
+        seed = (np.int32(self.seed), step, np.int32(member)) if dropout else None
+        return self.engine.forward(network, tiles, images, keep=True, seed=seed)
 
     def gradient(
         self, params, update: Update, images: jax.Array, labels: jax.Array, step
@@ -297,9 +295,11 @@ class MetaStep:
         weight = np.float32(1 / len(batch.architectures))
 
         def run(i):
-            seed = np.int32(self.seed), step, np.int32(batch.members[i])
-            own, tiles[i] = tiles[i], None
-            return self._run(update.networks[i], update.loss, own, images, labels, seed, weight)
+            network, own = update.networks[i], tiles[i]
+            tiles[i] = None
+            logits, trace = self._forward(network, own, images, step, batch.members[i])
+            totals, dlogits = update.loss(logits, labels, weight)
+            return totals, self.engine.backward(network, own, trace, dlogits)
 
         # Long ones first, so that nobody waits for them at the end.
         order = sorted(range(len(batch.members)), key=lambda i: -batch.costs[i])
@@ -324,9 +324,7 @@ class MetaStep:
         *_, tiles = self._predict(update, params)
         found = []
         for network, own, member in zip(update.networks, tiles, update.batch.members, strict=True):
-            dropout = len(network.plan.wiring.head.dims) > 2
-            seed = (np.int32(self.seed), step, np.int32(member)) if dropout else None
-            logits, trace = self.engine.forward(network, own, images, keep=True, seed=seed)
+            logits, trace = self._forward(network, own, images, step, member)
             found.append((own, trace.values, logits))
         return found
 

@@ -33,6 +33,22 @@ def describe(experiment: str, config: Any, *, without: Collection[str]) -> dict[
     return json.loads(json.dumps({"experiment": experiment, **options}, default=str))
 
 
+def check_settings(
+    now: Mapping[str, Any], before: Mapping[str, Any], where: str | Path, place: str
+) -> None:
+    """Raises ValueError where there are results of other settings.
+
+    Args:
+      now, before: of the results that are wanted, and that there are.
+      where: the latter are.
+      place: another one that may be given, such as 'another folder'.
+    """
+    other = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    if other:
+        changes = ", ".join(f"{k} {before.get(k)!r} (now {now.get(k)!r})" for k in other)
+        raise ValueError(f"{where} has records with {changes}; give the same options, or {place}")
+
+
 def _complete(path: Path, *, signed: bool) -> list[dict]:
     """The records of a file; a last line that was cut off is not one.
 
@@ -91,13 +107,7 @@ class Records(Mapping[str, dict]):
             before = read_json(path, "restore it, or give another folder")
             if not isinstance(before, dict):
                 raise ValueError(f"{path} holds no settings; restore it, or give another folder")
-            before = without_digest(before, path)
-            other = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
-            if other:
-                changes = ", ".join(f"{k} {before.get(k)!r} (now {settings.get(k)!r})"
-                                    for k in other)  # fmt: skip
-                raise ValueError(f"{folder} has records with {changes}; give the same options, or "
-                                 "another folder")  # fmt: skip
+            check_settings(settings, without_digest(before, path), folder, "another folder")
         else:
             theirs = [p.name for p in folder.iterdir() if p.name == TABLE or _RECORDS.match(p.name)]
             if theirs:
