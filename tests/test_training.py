@@ -493,6 +493,17 @@ def test_a_run_is_not_overwritten(runs):
     assert files(runs / "whole") == before
 
 
+def test_the_average_is_what_predicts_and_the_parameters_are_what_goes_on(runs):
+    ghn, predicts = load_ghn(runs / "whole")
+    with closing(MetaStep(ghn, preset("demo").optimiser.make(1, 4), average=0.5)) as step:
+        like = jax.eval_shape(step.init, 0)
+        _, _, trees = Checkpoints(runs / "whole").load(**loop._trees(like))
+    average, (*_, parameters) = trees["params"], trees["training"]
+    jax.tree.map(np.testing.assert_array_equal, average, predicts["params"])
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), average, parameters)
+    assert max(jax.tree.leaves(apart)) > 1e-5
+
+
 def test_a_run_of_another_hypernetwork_is_not_resumed(runs, digits):
     before = files(runs / "whole")
     other = config(runs / "whole", runs, steps=6, resume=True, virtual_edges=5, seed=3)
