@@ -76,7 +76,7 @@ class Config:
 
 
 def quick() -> Config:
-    """A small network on drawn scenes: ten minutes on two cores."""
+    """A small network on drawn scenes: some ten minutes on two cores."""
     return Config(
         scenes=240, test_images=40, networks=("DARTS",), width=16, cells=2, shorter=160, longer=200,
         anchor_sizes=(32, 64, 128), proposals=400, regions=64, hidden=256, learning_rate=0.02,

@@ -74,7 +74,7 @@ class Config:
 
 
 def quick() -> Config:
-    """16 small networks on digits: five minutes on two cores."""
+    """16 small networks on digits: some minutes on two cores."""
     recipe = Recipe(epochs=4, batch_size=64)
     return Config(
         dataset="digits", stop=16, width=8, recipe=recipe, report_epochs=(1, 2, 4),
