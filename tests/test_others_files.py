@@ -18,7 +18,6 @@ REMOVES = {
     "engine/program_digests.py": "programs that are listed, and those that JAX did not finish",
     "evaluation/experiments/saved_state.py": "the state of a network that is trained",
     "training/run_folder.py": "who owned the lock",
-    "training/log.py": "records of updates that are made again",
 }
 REMOVING = {"unlink", "rmtree", "rmdir", "removedirs"}
 ALSO = {"remove", "rename", "replace"}  # of paths; strings, lists and records have them, too

@@ -283,35 +283,25 @@ def mlp() -> TrainConfig:
     return TrainConfig("mlp").replace(meta_batch=1, encoder="mlp", out=Path("runs/mlp"))
 
 
-def _later(name: str) -> TrainConfig:
-    """GHN-3's recipe (arXiv:2303.04143) for a published hypernetwork, on CIFAR-10.
+def later(name: str) -> TrainConfig:
+    """GHN-3 (arXiv:2303.04143) or LoGAH (2405.16287) of a published size, with its recipe.
 
-    AdamW, a warm-up of 5 epochs and a cosine, a penalty on the norms of predicted tensors. Of its
-    ImageNet recipe, `--epochs 75 --batch-size 128 --label-smoothing 0.1` are missing here.
+    AdamW, a warm-up of 5 epochs and a cosine, a penalty on the norms of predicted tensors; LoGAH
+    takes one architecture an update. For CIFAR-10; of GHN-3's recipe for ImageNet, `--epochs 75
+    --batch-size 128 --label-smoothing 0.1` are missing.
+
+    Command: `ghn-train --preset ghn3-t --data-dir DIR`. Not yet run in full here.
     """
     made = presets.preset(name, num_classes=10)
-    return TrainConfig(name).replace(
+    config = TrainConfig(name).replace(
         encoder=made.encoder, decoder=made.decoder, features=made.features, layers=made.layers,
         heads=made.heads, tile_channels=made.max_shape[0], rank=made.rank,
         factor_size=made.factor_size, optimiser="adamw", learning_rate=4e-4, weight_decay=1e-2,
         schedule="cosine", warmup_epochs=5, norm_penalty=3e-5, out=Path("runs") / name,
     )  # fmt: skip
-
-
-def ghn3(name: str) -> TrainConfig:
-    """GHN-3 of a published size, with its recipe.
-
-    Command: `ghn-train --preset ghn3-t --data-dir DIR`. Not yet run in full here.
-    """
-    return _later(name)
-
-
-def logah(name: str) -> TrainConfig:
-    """LoGAH (arXiv:2405.16287) of a published size: GHN-3's recipe, one architecture an update.
-
-    Command: `ghn-train --preset logah-tiny --data-dir DIR`. Not yet run in full here.
-    """
-    return _later(name).replace(meta_batch=1, learning_rate=3e-4)
+    if made.decoder == "conv":
+        return config
+    return config.replace(meta_batch=1, learning_rate=3e-4)
 
 
 def demo() -> TrainConfig:
@@ -344,10 +334,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "ghn1": ghn1,
     "mlp": mlp,
     "demo": demo,
-    **{
-        name: functools.partial(ghn3 if name.startswith("ghn3") else logah, name)
-        for name in presets.PRESETS
-    },
+    **{name: functools.partial(later, name) for name in presets.PRESETS},
 }
 
 

@@ -18,6 +18,7 @@ import jax
 from tqdm import tqdm
 
 from ghn_jax.engine.compilation import CompilationCounter
+from ghn_jax.files.replace import append, write_beside
 from ghn_jax.training.config import TrainConfig
 from ghn_jax.training.meta_batch import MetaBatch
 from ghn_jax.training.train_log import EVENTS
@@ -126,8 +127,7 @@ class Log:
                               for i, arch in enumerate(batch.architectures)},
         }  # fmt: skip
         path = self._config.run.out / BAD_UPDATES
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append(path, json.dumps(record) + "\n")
         self.say(
             f"update {step} passed over, as its numbers are not finite (loss {metrics.loss}, norm "
             f"of the gradient {metrics.grad_norm}): see {path}, and --replay {step}",
@@ -161,6 +161,4 @@ def _trim(path: Path, steps: int) -> None:
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= steps]
-        beside = path.with_name(path.name + ".part")
-        beside.write_text("".join(line + "\n" for line in kept))
-        beside.replace(path)
+        write_beside(path, "".join(line + "\n" for line in kept))
