@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 
+import image_sets
 import numpy as np
 import pytest
 from image_sets import CLASSES, KINDS, SIZE, TEST, TRAIN, index_of, label, tagged, write
@@ -134,7 +135,7 @@ def test_images_that_are_no_squares_need_a_size(dataset, kind):
 def test_the_centre_is_cut_out(dataset, kind, monkeypatch):
     framed = np.full((10, 14, 3), 255, np.uint8)
     framed[:, 2:12] = 7
-    monkeypatch.setitem(globals(), "tagged", lambda *_, **__: framed)
+    monkeypatch.setattr(image_sets, "tagged", lambda *_, **__: framed)
     pixels, _ = dataset(kind, size=(10, 14))("train", image_size=10)[0]
     assert (pixels == 7).all()
 
