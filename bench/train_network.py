@@ -5,7 +5,8 @@
 The recipe of Table 3's lower half (SGD, batch 96, learning rate 0.025, batch norm on running
 averages), one epoch of 45,000 images of CIFAR-10; both begin with the same random parameters. Each
 seed is another start and another order of the images. Prints test accuracy, seconds and CPU seconds
-of training, compilation included. The authors' code needs torch, torchvision and networkx.
+of training, compilation included; with `--out` it goes on where it was. The authors' code needs
+torch, torchvision and networkx.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.evaluation.accuracy import random_parameters
+from ghn_jax.evaluation.experiments.records import Records
 from ghn_jax.evaluation.experiments.trained_networks import train_network, training_of
 from ghn_jax.evaluation.recipe import Recipe
 from ghn_jax.interop.torch_network import to_torch
@@ -44,6 +46,7 @@ class Options:
     seeds: int = 3
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
     reference: Path | None = None  # the authors' code, a checkout of facebookresearch/ppuda
+    out: Path = Path("runs/bench/train_network")  # folder for what was measured
 
 
 def main(options: Options) -> None:
@@ -53,7 +56,7 @@ def main(options: Options) -> None:
     parts = {part: load_images("cifar10", part, data_dir=options.data_dir)
              for part in ("train", "test")}  # fmt: skip
     train, tests = parts["train"], {"test": parts["test"]}
-    rows = []
+    records = Records.open(options.out, {"width": options.width, "beside": bool(options.reference)})
     with tempfile.TemporaryDirectory() as folder:
         pixels, start = Path(folder) / "images.npz", Path(folder) / "start.safetensors"
         np.savez(
@@ -68,6 +71,9 @@ def main(options: Options) -> None:
             reference = Reference("train", options.reference, nets, recipe.batch_size)
         for seed in range(options.seeds):
             for index in options.networks:
+                name = f"test[{index}], seed {seed}"
+                if name in records:
+                    continue
                 arch = evaluation_set("test")[index].replace(C=options.width)
                 params = random_parameters(build_network(arch), 32, seed)
                 safetensors.numpy.save_file(to_torch(params, arch), start)
@@ -76,25 +82,26 @@ def main(options: Options) -> None:
                 found = train_network(
                     training, params, recipe, train, tests, report_epochs=(), seed=seed
                 )
-                row = {"network": index, "seed": seed, "top1": found["final_test_top1"],
+                row = {"name": name, "network": index, "top1": found["final_test_top1"],
                        "seconds": found["seconds"], "cpu": time.process_time() - cpu}  # fmt: skip
                 if reference:
                     answer = reference(index=index, C=options.width, seed=seed,
                                        start=str(start), images=str(pixels))  # fmt: skip
                     row |= {"their_top1": answer["top1"], "their_seconds": answer["training"],
                             "their_cpu": answer["cpu_seconds"]}  # fmt: skip
-                rows.append(row)
+                records.add(row)
                 print(json.dumps(row), flush=True)
     for index in options.networks:
-        mine = [row for row in rows if row["network"] == index]
+        mine = [row for row in records.values() if row["network"] == index]
         print(f"test[{index}], {len(mine)} seeds")
         for who, prefix in (("ours", ""), ("the authors'", "their_")):
             if f"{prefix}top1" not in mine[0]:
                 continue
             top1 = [100 * row[f"{prefix}top1"] for row in mine]
             seconds = statistics.mean(row[f"{prefix}seconds"] for row in mine)
+            cpu = statistics.mean(row[f"{prefix}cpu"] for row in mine)
             print(f"  {who:<13}{statistics.mean(top1):6.1f}% ({min(top1):.1f}-{max(top1):.1f})"
-                  f"{seconds:8.0f} s")  # fmt: skip
+                  f"{seconds:8.0f} s, {cpu:.0f} s of CPU time")  # fmt: skip
 
 
 if __name__ == "__main__":

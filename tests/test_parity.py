@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from ghn_jax.cli.parity import main
 from ghn_jax.engine.engine import Engine
 from ghn_jax.interop import parity
 from ghn_jax.interop.parity import Report, check_network, relative_error
-from ghn_jax.interop.torch_ghn import load_torch_ghn
+from ghn_jax.interop.torch_ghn import load_torch_ghn, to_torch_tensors
 
 
 def test_everything_the_authors_computed(shared):
@@ -85,17 +86,42 @@ def test_spoiled_logits_are_found(network):
     assert errors["parameters"] < parity.TOLERANCES["parameters"]
 
 
-def test_a_spoiled_gradient_is_found(shared):
-    folder = shared / "golden"
-    file = dict(np.load(folder / "gradient_ghn2.npz"))
-    nets = json.loads((folder / "gradient_ghn2_nets.json").read_text())
-    # One of the three networks alone: its gradient is not the mean one.
-    errors = parity.check_gradient(
-        file, nets[1:2], *load_torch_ghn(folder / "random_ghn2_cifar10.pt"),
-        jnp.asarray(np.load(folder / "images.npy").transpose(0, 2, 3, 1)), parity._definition_step,
-    )  # fmt: skip
-    assert errors["gradient"] > parity.TOLERANCES["gradient"]
-    assert errors["logits"] > parity.TOLERANCES["logits"]
+def test_a_spoiled_gradient_is_found(network, monkeypatch):
+    monkeypatch.setattr(parity, "ROUNDINGS", 1)
+    entry, _, (ghn, variables), images = network
+    logits = np.ones((1, 2, ghn.num_classes), np.float32)
+
+    def make_step(*_):  # its gradient is what it is taken at
+        return lambda given: (1.0, logits[0], given)
+
+    def errors(spoil):
+        tensors = to_torch_tensors(ghn, variables)
+        file = {f"grad/{name}": tensor for name, tensor in tensors.items()}
+        norm = np.linalg.norm([np.linalg.norm(leaf) for leaf in jax.tree.leaves(variables)])
+        file |= {"labels": np.zeros(2, int), "logits": logits, "loss_per_arch": [1.0],
+                 "grad_norm": norm}  # fmt: skip
+        spoil(file)
+        return parity.check_gradient(file, [entry["net"]], ghn, variables, images, make_step)
+
+    right = errors(lambda file: None)
+    assert right["gradient"] < 1e-6
+    assert right["logits"] < 1e-6
+    for spoil in (spoil_norm, spoil_gradient):
+        assert errors(spoil)["gradient"] > parity.TOLERANCES["gradient"]
+    assert errors(spoil_loss)["logits"] > parity.TOLERANCES["logits"]
+
+
+def spoil_norm(file):
+    file["grad_norm"] = file["grad_norm"] * 1.01
+
+
+def spoil_gradient(file):
+    name = max((n for n in file if n.startswith("grad/")), key=lambda n: file[n].size)
+    file[name] = file[name] + 0.01 * np.abs(file[name]).mean()
+
+
+def spoil_loss(file):
+    file["loss_per_arch"] = [1.01]
 
 
 def test_digests_tell_a_changed_tensor():

@@ -18,16 +18,25 @@ def relative_error(ours, theirs) -> float:
     return float(np.linalg.norm(ours - theirs) / (norm or 1.0))
 
 
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Uint64 numbers in which every bit depends on every bit of `x` (SplitMix64's last steps)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def _colours(labels: list, edges: np.ndarray, rounds: int = 4) -> list[int]:
     """Weisfeiler-Lehman colours: what a node is, and what is at which distance from it."""
-    colours = [hash(label) for label in labels]
+    colours = _mix(np.array([hash(label) for label in labels], np.int64).astype(np.uint64))
+    source, target, distance = np.asarray(edges, np.int64).T
+    to, back = (_mix((2 * distance + way).astype(np.uint64)) for way in (1, 2))
     for _ in range(rounds):
-        around: list[list] = [[] for _ in colours]
-        for source, target, distance in edges.tolist():
-            around[target].append((0, distance, colours[source]))
-            around[source].append((1, distance, colours[target]))
-        colours = [hash((c, tuple(sorted(a)))) for c, a in zip(colours, around, strict=True)]
-    return colours
+        # A sum, as neighbours have no order.
+        around = np.zeros_like(colours)
+        np.add.at(around, target, _mix(colours[source] + to))
+        np.add.at(around, source, _mix(colours[target] + back))
+        colours = _mix(colours + _mix(around))
+    return colours.tolist()
 
 
 def compare_graphs(ours: tuple[list, np.ndarray], theirs: tuple[list, np.ndarray]):
