@@ -59,14 +59,14 @@ class Log(loop.Log):
     stop_at = 0
     images: dict[int, int] = {}  # update -> checksum of its batch
 
-    def update(self, step, metrics, batch, waited):
+    def update(self, step, metrics, batch, waited, validated=None):
         if step == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         if self._first:
             architectures = [zlib.crc32(repr(a).encode()) for a in batch.architectures]
             with (self._config.run.out / "stream.jsonl").open("a") as file:
                 file.write(json.dumps([step, architectures, self.images[step]]) + "\n")
-        return super().update(step, metrics, batch, waited)
+        return super().update(step, metrics, batch, waited, validated)
 
 
 def batches(images, size, *, seed, start_step):
