@@ -186,6 +186,32 @@ def test_numbers_of_another_checkpoint_are_not_taken_for_its_own(tmp_path):
         checkpoints.load(params=like)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("found", "instead"),
+    [("performance_metrics", "performance_m%trics"), ('commit_timestamp_nsecs": 1', 'a": "1')],
+)
+def test_training_goes_on_where_metadata_are_damaged(tmp_path, found, instead):
+    like = {"a": jax.ShapeDtypeStruct((3,), np.float32)}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, 10 * step, params={"a": np.full(3, step, np.float32)})
+    metadata = tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    text = metadata.read_text()
+    assert found in text
+    metadata.write_text(text.replace(found, instead))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 2
+        with pytest.warns(UserWarning, match="2 in .* is damaged .*; going on from checkpoint 1"):
+            assert checkpoints.load(params=like)[:2] == (1, 10)
+        for step in (2, 3):
+            checkpoints.save(step, 11 * step, params={"a": np.full(3, step, np.float32)})
+    assert Checkpoints(tmp_path).steps() == [2, 3]
+    for step in (2, 3):
+        _, position, trees = Checkpoints(tmp_path).load(params=like, upto=step)
+        assert (position, trees["params"]["a"][0]) == (11 * step, step)
+
+
 def test_what_is_saved_in_the_background_is_what_it_was(tmp_path):
     array = jnp.zeros((200, 200))
     update = jax.jit(lambda x: x + 1, donate_argnums=0)  # into the memory that was saved from

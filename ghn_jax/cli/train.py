@@ -90,7 +90,7 @@ def _found_run(out: Path, arguments: Sequence[str]) -> tuple[TrainConfig | None,
         return None, arguments
     at = list(arguments).index("--resume")
     auto = list(arguments[at + 1 : at + 2]) == ["auto"]
-    there = checkpoints.any()
+    there = checkpoints.latest() is not None
     flag = ["--resume"] if there or not auto else []
     arguments = [*arguments[:at], *flag, *arguments[at + 1 + auto :]]
     if not there:

@@ -98,6 +98,7 @@ class Checkpoints:
             (self.path / _CHECKPOINTS).absolute(),
             context=context,
             preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+            lightweight_initialize=True,  # one that is damaged keeps nobody from the others
         )
 
     def _open(self) -> contextlib.AbstractContextManager[ocp.training.Checkpointer]:
@@ -130,21 +131,18 @@ class Checkpoints:
         """The hypernetwork that `config.json` describes."""
         return _ghn_from_config(self.config()["ghn"], self.path / _CONFIG)
 
-    def any(self) -> bool:
-        """Whether there is a checkpoint, without asking JAX, which processes may have to join."""
-        folder = self.path / _CHECKPOINTS  # what is not finished has an ending
-        return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-
     def latest(self) -> int | None:
         """The last checkpoint's step, None if there is none."""
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, ascending."""
-        if not (self.path / _CHECKPOINTS).is_dir():
-            return []
-        with _quiet(), self._open() as checkpointer:
-            return sorted(c.step for c in checkpointer.checkpoints)
+        """The steps of all checkpoints, ascending.
+
+        Nothing is read and JAX is not asked: one may be damaged, and processes may have to join.
+        """
+        folder = self.path / _CHECKPOINTS  # what is not finished has an ending
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted(int(name) for name in names if name.isdigit())
 
     def save(self, step: int, position: int, **trees: Any) -> None:
         """Saves trees of arrays under a step, with a position of the architecture stream.
@@ -206,10 +204,10 @@ class Checkpoints:
             )
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         problem = ""
-        with _quiet(), self._open() as checkpointer:
+        with _quiet():
             for step in reversed(steps):
                 try:
-                    found = self._load(checkpointer, step, sharding, like)
+                    found = self._load(step, sharding, like)
                 except _Misfit as error:
                     misfit, damage = error, str(error)
                 except Exception as error:  # damage comes out of Orbax as any of many kinds
@@ -230,8 +228,9 @@ class Checkpoints:
             warnings.warn(f"{problem}; going on from checkpoint {step}", stacklevel=3)
         return found
 
-    def _load(self, checkpointer, step: int, sharding, like: dict[str, Any]):
-        metadata = checkpointer.checkpointables_metadata(step)
+    def _load(self, step: int, sharding, like: dict[str, Any]):
+        folder = (self.path / _CHECKPOINTS / str(step)).absolute()
+        metadata = ocp.checkpointables_metadata(folder)
         for name, tree in like.items():
             _check(self.path, name, tree, metadata.metadata.get(name))
         abstract = {
@@ -240,7 +239,7 @@ class Checkpoints:
             )
             for name, tree in like.items()
         }
-        trees = checkpointer.load_checkpointables(step, abstract)
+        trees = ocp.load_checkpointables(folder, abstract)
         position = int(metadata.custom_metadata["position"])
         # Checkpoints of before have none.
         for name, digest in metadata.custom_metadata.get("digests", {}).items():
