@@ -276,7 +276,9 @@ def test_predicted_networks_and_their_units(tmp_path, digits):
     config = dataclasses.replace(
         predicted_networks.quick(), ghn=(tmp_path / "one",), splits=("test",), stop=2, out=out
     )
-    first = predicted_networks.run(config)
+    paper.main(["predicted-networks", "--quick", "--ghn", str(tmp_path / "one"), "--splits",
+                "test", "--stop", "2", "--out", str(out)])  # fmt: skip
+    first = predicted_networks.run(config)  # what was written
     ghn, variables = load_ghn(tmp_path / "one")
     expected = evaluate_ghn(
         ghn, variables, of_split("test", 0, 2, image_size=16, width=8), digits["test"]
@@ -310,11 +312,12 @@ def test_predicted_networks_and_their_units(tmp_path, digits):
 def test_few_shot(tmp_path, digits):
     ghn = GHN(max_shape=(16, 16, 7, 7))
     save_ghn(tmp_path / "small", ghn, ghn.init_variables(0))
-    config = dataclasses.replace(
-        few_shot.quick(), ghn=(tmp_path / "small",), out=tmp_path / "out", networks=("ViT",),
-        recipe=Recipe(epochs=2, batch_size=32), noise=3e-5, orthogonal_from=1,
-    )  # fmt: skip
-    few_shot.run(config)
+    paper.main([
+        "few-shot", "--quick", "--ghn", str(tmp_path / "small"), "--out", str(tmp_path / "out"),
+        "--networks", "ViT", "--epochs", "2", "--batch-size", "32", "--noise", "3e-5",
+        "--orthogonal-from", "1",
+    ])  # fmt: skip
+    config = dataclasses.replace(few_shot.quick(), out=tmp_path / "bad")
     records = read_records(tmp_path / "out")
     assert set(records) == {f"ViT from {where}, {what}" for where in ("he", "small")
                             for what in ("tuned", "seed 0", "seed 1")}  # fmt: skip
