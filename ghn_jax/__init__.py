@@ -1,6 +1,6 @@
 """Graph HyperNetworks in JAX: parameter prediction for unseen deep architectures.
 
-ghn, variables = ghn_jax.load_ghn("runs/x")
+ghn, variables = ghn_jax.from_pretrained("runs/x")
 arch = ghn_jax.evaluation_set("test")[7]
 params = ghn.predict(variables, arch)
 logits = ghn_jax.build_network(arch).apply({"params": params}, images)
@@ -25,8 +25,23 @@ from ghn_jax.evaluation.activations import (
     norm_check,
 )
 from ghn_jax.evaluation.reinitialise import add_noise, orthogonalise
-from ghn_jax.hypernet import GHN, ghn1, load_ghn, mlp_baseline, pad_graphs, save_ghn
-from ghn_jax.interop import from_torch, load_torch_ghn, save_torch_ghn, to_torch
+from ghn_jax.hypernet import (
+    GHN,
+    ghn1,
+    load_ghn,
+    mlp_baseline,
+    pad_graphs,
+    save_ghn,
+    write_ghn_file,
+)
+from ghn_jax.interop import (
+    available,
+    from_pretrained,
+    from_torch,
+    load_torch_ghn,
+    save_torch_ghn,
+    to_torch,
+)
 from ghn_jax.plot import draw
 from ghn_jax.tracing import ParameterReport, PredictionReport, model_graph, predict, predict_model
 from ghn_jax.training.meta_loss import meta_loss
@@ -34,8 +49,9 @@ from ghn_jax.training.meta_loss import meta_loss
 __all__ = ["DARTS", "GHN", "PDARTS", "PRIMITIVES", "RULES", "SPLITS", "VIT", "Architecture",
   "DisconnectedError", "Engine", "Genotype", "Graph", "LayerStatistics", "NetworkTraining",
   "NormFinding", "ParameterReport", "PredictionReport", "Rules", "activation_statistics",
-  "add_noise", "apply_on_batch", "average_statistics", "build_graph", "build_network",
-  "count_flops", "count_parameters", "draw", "evaluation_set", "from_torch", "ghn1", "load_ghn",
-  "load_torch_ghn", "meta_loss", "mlp_baseline", "model_graph", "norm_check", "orthogonalise",
+  "add_noise", "apply_on_batch", "available", "average_statistics", "build_graph", "build_network",
+  "count_flops", "count_parameters", "draw", "evaluation_set", "from_pretrained", "from_torch",
+  "ghn1", "load_ghn", "load_torch_ghn", "meta_loss", "mlp_baseline", "model_graph", "norm_check",
+  "orthogonalise",
   "pad_graphs", "predict", "predict_model", "sample_architecture", "save_ghn", "save_torch_ghn",
-  "to_bfloat16", "to_torch", "zoo"]  # fmt: skip
+  "to_bfloat16", "to_torch", "write_ghn_file", "zoo"]  # fmt: skip

@@ -209,8 +209,8 @@ def test_predicting_a_model(ckpt, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--net", "resnet18", "--split", "test"], "--net or --split"),
-        ([], "--net or --split"),
+        (["--net", "resnet18", "--split", "test"], "give a network .* or --split"),
+        ([], "give a network .* or --split"),
         (["--net", "lenet"], "lenet does not exist; give a JSON file or one of"),
         (["--split", "test", "--index", "500"], "--index is 500; allowed: 0 to 499"),
     ],

@@ -2,11 +2,13 @@
 
     ghn-convert ghn ghn2_cifar10.pt my_ghn           # the authors' -> ours (a folder)
     ghn-convert ghn runs/x my_ghn.pt                 # ours -> the authors'
+    ghn-convert ghn runs/x my_ghn.safetensors --to flax --half  # one small file, to pass on
     ghn-convert network resnet50 weights resnet50.pt # predicted -> state dict
     ghn-convert network arch.json weights.pt weights # state dict -> ours
 
-What a path is, its name tells: `.pt` and `.safetensors` are PyTorch's names and layouts, anything
-else is a folder of Orbax's. Nothing that exists is overwritten.
+What a path is, its name tells: `.pt` and `.safetensors` are PyTorch's names and layouts (of the
+latter Flax's with `--to flax`), anything else is a folder of Orbax's. Nothing that exists is
+overwritten.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 r"""Predicts parameters for unseen architectures and evaluates them (paper § 5.1).
 
-    ghn-eval --ckpt runs/x --dataset cifar10 --data-dir DIR --split test --num 20 --out results.json
+    ghn-eval --ghn runs/x --dataset cifar10 --data-dir DIR --split test --num 20 --out results.json
 
 Writes one record for each architecture, as it comes, and prints the mean with its standard error,
 and the best. The same command again computes what is missing in `--out`. Batch norm uses the
@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -32,7 +32,7 @@ from ghn_jax.evaluation.networks import by_name, of_split
 from ghn_jax.files.digest import digest_of_arrays, with_digest, without_digest
 from ghn_jax.files.json_file import read_json
 from ghn_jax.files.replace import write_beside
-from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.interop.pretrained import from_pretrained
 
 PROG = "ghn-eval"
 
@@ -41,7 +41,7 @@ PROG = "ghn-eval"
 class EvalConfig:
     """What to evaluate, on what."""
 
-    ckpt: Path  # folder of a training run, or one written by save_ghn
+    ghn: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])]  # a folder or file, or a name
     dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
     image_size: int | None = None  # pixels that images are resized to; default: the dataset's own
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
     check(config)
     keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
     keep_memory()
-    ghn, variables = load_ghn(config.ckpt)
+    ghn, variables = from_pretrained(config.ghn)
     # Hyperparameters are chosen on held-out training images, the rest is tested on test images.
     part = "val" if config.split == "val" else "test"
     images = load_images(
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str]) -> None:
     if images.num_classes != ghn.num_classes:
         raise ValueError(
             f"{config.dataset} has {images.num_classes} classes, but the hypernetwork in "
-            f"{config.ckpt} predicts classifiers for {ghn.num_classes}; give the dataset that it "
+            f"{config.ghn} predicts classifiers for {ghn.num_classes}; give the dataset that it "
             "was trained on"
         )
     nets = architectures(config, images.image_size)

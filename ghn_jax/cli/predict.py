@@ -1,11 +1,11 @@
 """Predicts all parameters of a network and writes them to a file.
 
-    ghn-predict --ckpt runs/x --net resnet50 --out resnet50.pt     # a model of ghn_jax.zoo
-    ghn-predict --ckpt runs/x --net arch.json --out weights        # Architecture.to_dict
-    ghn-predict --ckpt ghn2_cifar10.pt --split test --index 7 --out weights.safetensors
+    ghn-predict resnet50 --ghn runs/x --out resnet50.pt           # a model of ghn_jax.zoo
+    ghn-predict arch.json --ghn runs/x --out weights              # Architecture.to_dict
+    ghn-predict --split test --index 7 --ghn ghn2_cifar10.pt --out weights.safetensors --to flax
 
-Files that end in .pt or .safetensors have PyTorch's names and layouts; anything else is a folder of
-Orbax's. Nothing that exists is overwritten.
+Files that end in .pt have PyTorch's names and layouts, and so have those that end in .safetensors,
+without `--to flax`; anything else is a folder of Orbax's. Nothing that exists is overwritten.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ import tyro
 from ghn_jax.cli import command
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.evaluation_sets import evaluation_set
-from ghn_jax.interop.convert import check_new, read_ghn, read_network, write_network
+from ghn_jax.interop.convert import Framework, check_new, read_network, write_network
+from ghn_jax.interop.pretrained import from_pretrained
 from ghn_jax.tracing.prediction import predict_model
 from ghn_jax.zoo import Model
 
@@ -32,18 +34,19 @@ PROG = "ghn-predict"
 class PredictConfig:
     """Which network, by which hypernetwork."""
 
-    ckpt: Path  # hypernetwork: a folder of training or save_ghn, or a file of the authors'
+    ghn: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])]  # a folder or file, or a name
     out: Path  # the file or folder to write
-    net: str | None = None  # a model of ghn_jax.zoo (resnet50), or a JSON file of an architecture
-    split: str | None = None  # in place of --net: an evaluation set (test, deep, ...)
+    net: tyro.conf.Positional[str | None] = None  # a model of ghn_jax.zoo, or a JSON file
+    split: str | None = None  # in place of a network: an evaluation set (test, deep, ...)
     index: int = 0  # of the network in that set
     image_size: int = 32  # height and width of the network's images, in pixels
+    to: Framework = "torch"  # whose names and layouts a .safetensors file gets
 
 
 def read(config: PredictConfig, num_classes: int) -> Architecture | Model:
     """The network that the options name."""
     if (config.net is None) == (config.split is None):
-        raise ValueError("give --net or --split, one of them")
+        raise ValueError("give a network (resnet50, or a JSON file) or --split, one of them")
     if config.net is not None:
         return read_network(config.net, num_classes, config.image_size)
     networks = evaluation_set(config.split, image_size=config.image_size)
@@ -57,20 +60,23 @@ def read(config: PredictConfig, num_classes: int) -> Architecture | Model:
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point."""
+    arguments = [a.removeprefix("--net=") for a in arguments if a != "--net"]  # as it was called
     config = tyro.cli(PredictConfig, prog=PROG, args=arguments, description=__doc__)
     check_new(config.out)
-    ghn, variables = read_ghn(config.ckpt)
+    ghn, variables = from_pretrained(config.ghn)
     network, size = read(config, ghn.num_classes), config.image_size
     if isinstance(network, Architecture):
         params = ghn.predict(variables, network, image_size=size)
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         print(f"{count:,} parameters, all of them predicted")
-        write_network({"params": params}, ghn.graph(network, image_size=size), config.out)
+        write_network(
+            {"params": params}, ghn.graph(network, image_size=size), config.out, config.to
+        )
     else:
         sample = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         predicted, report = predict_model(ghn, variables, network, sample)
         print(report)
-        write_network(predicted, network, config.out)
+        write_network(predicted, network, config.out, config.to)
     print(f"wrote {config.out}")
 
 

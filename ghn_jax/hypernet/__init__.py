@@ -2,6 +2,7 @@
 
 from ghn_jax.hypernet.checkpoint import load_ghn, save_ghn
 from ghn_jax.hypernet.ghn import GHN, ghn1, mlp_baseline
+from ghn_jax.hypernet.ghn_file import write_ghn_file
 from ghn_jax.hypernet.padding import pad_graphs
 
-__all__ = ["GHN", "ghn1", "load_ghn", "mlp_baseline", "pad_graphs", "save_ghn"]
+__all__ = ["GHN", "ghn1", "load_ghn", "mlp_baseline", "pad_graphs", "save_ghn", "write_ghn_file"]

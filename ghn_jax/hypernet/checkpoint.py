@@ -44,7 +44,12 @@ _LATER = {
 }  # fmt: skip
 
 
-def _ghn_from_config(config: dict[str, Any], path: Path) -> GHN:
+def ghn_from_config(config: dict[str, Any], path: Path) -> GHN:
+    """The hypernetwork of `ghn_config`'s data, read from a path.
+
+    Raises:
+      ValueError: they are of no hypernetwork of this version.
+    """
     if "hypernet" in config and "encoder" not in config:  # what the field was called at first
         config = {"encoder" if k == "hypernet" else k: v for k, v in config.items()}
     fields = set(ghn_config(GHN()))
@@ -129,7 +134,7 @@ class Checkpoints:
 
     def ghn(self) -> GHN:
         """The hypernetwork that `config.json` describes."""
-        return _ghn_from_config(self.config()["ghn"], self.path / _CONFIG)
+        return ghn_from_config(self.config()["ghn"], self.path / _CONFIG)
 
     def latest(self) -> int | None:
         """The last checkpoint's step, None if there is none."""
@@ -362,18 +367,18 @@ def load_ghn(path: str | Path) -> tuple[GHN, dict]:
     return ghn, {"params": trees["params"]}
 
 
-def load_ghns(paths: Iterable[str | Path]) -> dict[str, tuple[GHN, dict]]:
-    """Several hypernetworks, by the names of their folders; an untrained GHN-2 if there are none.
+def load_ghns(sources: Iterable[str | Path]) -> dict[str, tuple[GHN, dict]]:
+    """Several hypernetworks, by the names of their folders or files; an untrained GHN-2 if none.
 
     Raises:
-      ValueError: two folders have the same name; see also `load_ghn`.
+      ValueError: two of them have the same name; see also `GHN.from_pretrained`.
     """
-    folders = list(map(Path, paths))
-    names = [folder.name for folder in folders]
+    paths = list(map(Path, sources))
+    names = [path.name if path.is_dir() else path.stem for path in paths]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"two hypernetworks are in folders called {name!r}; rename one")
-    if not folders:
+            raise ValueError(f"two hypernetworks are called {name!r}; rename one")
+    if not paths:
         ghn = GHN()
         return {"untrained GHN-2": (ghn, ghn.init_variables(0))}
-    return dict(zip(names, map(load_ghn, folders), strict=True))
+    return dict(zip(names, map(GHN.from_pretrained, paths), strict=True))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import jax
+import numpy as np
 import tyro
 
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import Graph, build_graph
 from ghn_jax.files.json_file import read_json
 from ghn_jax.files.tensors import read_tensors, write_tensors
-from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn, save_ghn
-from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.hypernet.checkpoint import Checkpoints, save_ghn
+from ghn_jax.hypernet.ghn_file import tree_name, write_ghn_file
+from ghn_jax.interop.pretrained import from_pretrained
 from ghn_jax.interop.torch_file import read_torch, write_torch
-from ghn_jax.interop.torch_ghn import load_torch_ghn, save_torch_ghn
+from ghn_jax.interop.torch_ghn import save_torch_ghn
 from ghn_jax.interop.torch_models import abstract_variables
 from ghn_jax.interop.torch_network import abstract_params, from_torch, to_torch
 from ghn_jax.zoo import MODELS, Model
 
+Framework = Literal["torch", "flax"]
 _TORCH = (".pt", ".safetensors")
 _Path = Annotated[Path, tyro.conf.Positional]
 
@@ -36,26 +40,23 @@ def _check_there(source: Path) -> None:
         raise FileNotFoundError(f"{source} does not exist; give a .pt, .safetensors or a folder")
 
 
-def read_ghn(source: Path) -> tuple[GHN, dict]:
-    """A hypernetwork and its variables, from a file of the authors' or a folder of ours.
-
-    Raises:
-      FileNotFoundError, ValueError: there is none, or it is damaged.
-    """
-    _check_there(source)
-    return (load_torch_ghn if source.suffix in _TORCH else load_ghn)(source)
-
-
-def convert_ghn(source: _Path, target: _Path) -> None:
+def convert_ghn(source: _Path, target: _Path, to: Framework = "torch", half: bool = False) -> None:
     """Converts a hypernetwork.
 
     Args:
-      source: a checkpoint of the authors' code, or a folder of save_ghn or of a training run.
+      source: a checkpoint of the authors' code, or a file or folder of ours.
       target: the file or folder to write.
+      to: whose names and layouts a .safetensors file gets; a .pt file is PyTorch's, a folder ours.
+      half: a file of ours in half precision.
     """
     check_new(target)
-    ghn, variables = read_ghn(source)
-    if target.suffix in _TORCH:
+    ours = target.suffix == ".safetensors" and to == "flax"
+    if half and not ours:
+        raise ValueError("--half is for files of ours: NAME.safetensors --to flax")
+    ghn, variables = from_pretrained(source)
+    if ours:
+        write_ghn_file(target, ghn, variables, half=half)
+    elif target.suffix in _TORCH:
         save_torch_ghn(ghn, variables, target)
     else:
         save_ghn(target, ghn, variables)
@@ -127,13 +128,17 @@ def convert_network(
     write_network(_read_variables(source, network), network, target)
 
 
-def write_network(variables: dict, network: Graph | Model, target: Path) -> None:
+def write_network(
+    variables: dict, network: Graph | Model, target: Path, to: Framework = "torch"
+) -> None:
     """Writes a network's variables.
 
     Args:
       variables: with the key 'params'.
       network: a model of the zoo, or the graph of an architecture.
-      target: a file of PyTorch's names, or a folder, which has no running statistics.
+      target: a file, or a folder, which has no running statistics.
+      to: whose names and layouts a .safetensors file gets; Flax's are paths such as
+        'params/Dense_0/kernel'.
 
     Raises:
       ValueError: the variables are not the network's.
@@ -143,6 +148,9 @@ def write_network(variables: dict, network: Graph | Model, target: Path) -> None
     arrays = to_torch(params if isinstance(network, Graph) else variables, network)
     if target.suffix == ".pt":
         write_torch(arrays, target)
+    elif target.suffix == ".safetensors" and to == "flax":
+        leaves = jax.tree_util.tree_leaves_with_path(variables)
+        write_tensors(target, {tree_name(path): np.asarray(leaf) for path, leaf in leaves})
     elif target.suffix == ".safetensors":
         write_tensors(target, arrays)
     else:

@@ -1,4 +1,7 @@
-"""Hypernetworks from whatever holds one: `GHN.from_pretrained(path)`."""
+"""Hypernetworks from whatever holds one, and those that come with the package.
+
+ghn, variables = ghn_jax.from_pretrained("runs/x")  # or a file, or a name of `available()`
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ from pathlib import Path
 
 from ghn_jax.hypernet.checkpoint import load_ghn
 from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.hypernet.ghn_file import is_ghn_file, read_ghn_file
 from ghn_jax.interop.joblib_file import is_joblib
 from ghn_jax.interop.torch_ghn import is_safetensors, load_torch_ghn
 
+_SHIPPED = Path(__file__).parents[1] / "pretrained"  # NAME.safetensors, and its card, NAME.md
 _SUFFIXES = (".pt", ".pth", ".safetensors")
 # First bytes of files that hold no hypernetwork, and what they are.
 _OTHERS = {
@@ -56,17 +61,27 @@ def _from_folder(path: Path) -> tuple[GHN, dict]:
     problem = "several checkpoints" if files else "no hypernetwork"
     raise ValueError(
         f"{path} holds {problem}, but {held}; allowed: a folder of save_ghn or of a training run, "
-        "or one with a single checkpoint of the authors' code"
+        "or one with a single checkpoint"
     )
 
 
-def from_pretrained(path: str | Path) -> tuple[GHN, dict]:
+def available() -> list[str]:
+    """Names of the hypernetworks that come with the package, which `from_pretrained` takes."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.safetensors"))
+
+
+def shipped(name: str) -> Path | None:
+    """The file of a hypernetwork that comes with the package, None if there is none of the name."""
+    return _SHIPPED / f"{name}.safetensors" if name in available() else None
+
+
+def from_pretrained(source: str | Path) -> tuple[GHN, dict]:
     """Loads a hypernetwork, whatever wrote it.
 
     Args:
-      path: a folder of `save_ghn` or of a training run; or a checkpoint of GHN-1, GHN-2, MLP, GHN-3
-        or LoGAH: `.pt` as released or as training writes it, or `.safetensors`. Content decides,
-        not the name.
+      source: a name of `available()`; a folder of `save_ghn` or of a training run; a file of
+        `write_ghn_file`; or a checkpoint of GHN-1, GHN-2, MLP, GHN-3 or LoGAH, `.pt` as released or
+        as training writes it, or `.safetensors`. Content decides, not the name of a file.
 
     Returns:
       The module, configured as the file says or its tensors do, and its variables.
@@ -75,14 +90,18 @@ def from_pretrained(path: str | Path) -> tuple[GHN, dict]:
       FileNotFoundError: there is nothing there.
       ValueError: it holds no hypernetwork; the message says what it looks like.
     """
-    path = Path(path)
+    path = Path(source)
     if path.is_dir():
         return _from_folder(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a folder or a checkpoint")
+        known = shipped(str(source))
+        if known is not None:
+            return read_ghn_file(known)
+        names = f", or a name: {', '.join(available())}" if available() else ""
+        raise FileNotFoundError(f"{path} does not exist; give a folder or a checkpoint{names}")
     if not _holds(path):
         raise ValueError(
             f"{path} looks like {looks_like(path)}; allowed: a folder of save_ghn or of a training "
-            "run, or a checkpoint of the authors' code (.pt or .safetensors)"
+            "run, or a checkpoint (.pt or .safetensors)"
         )
-    return load_torch_ghn(path)
+    return read_ghn_file(path) if is_ghn_file(path) else load_torch_ghn(path)
