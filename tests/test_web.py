@@ -73,7 +73,7 @@ def test_accuracies_are_those_of_ghn_eval(page, prediction):
     jax.tree.map(np.testing.assert_array_equal, prediction.variables["params"], params)
     assert prediction.parameters == sum(p.size for p in jax.tree.leaves(params))
     assert prediction.left == 0
-    assert 0 < prediction.seconds < 100
+    assert 0 < prediction.seconds < 5  # without compiling
 
 
 def test_classes_are_those_that_the_network_gives(page, prediction):
@@ -216,6 +216,7 @@ def test_the_results(prediction):
         f"filter {i}"
         for i in range(24)  # 3 C, as in DARTS
     ]
+    assert page.pictures["legend"].width > 200
     assert page.pictures[f"graph of {len(prediction.graph)} nodes"].width > 300
     assert page.pictures[f"histogram of {prediction.parameters} parameters"].width > 300
     right = (tested.labels == tested.classes).sum()
@@ -356,11 +357,11 @@ def test_handlers(handlers, tmp_path):
 
     sampled, chosen = (SAMPLED, 1, "test", 0, "resnet18"), (SPLIT, 1, "deep", 7, "resnet18")
     *fields, cells, width, text, problem = handlers.choose(*chosen)
-    assert [field["visible"] for field in fields] == [False, True, True, False]
+    assert [field["visible"] for field in fields] == [False, True, False]
     assert networks.from_text(text["value"]) == evaluation_set("deep")[7]
     assert problem == ""
     assert [update["visible"] for update in handlers.choose(ZOO, *chosen[1:])[:-1]] == [
-        False, False, False, True, False, False, False
+        False, False, True, False, False, False
     ]  # fmt: skip
     assert "deep has 0 to 99" in handlers.choose(SPLIT, 1, "deep", 100, "resnet18")[-1]
     assert "the seed is empty" in handlers.choose(SAMPLED, None, "deep", 0, "resnet18")[-1]

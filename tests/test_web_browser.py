@@ -14,12 +14,16 @@ from pathlib import Path
 import pytest
 
 from ghn_jax.deepnets1m.architecture import Architecture
+from ghn_jax.deepnets1m.evaluation_sets import evaluation_set
 from ghn_jax.deepnets1m.graph import build_graph
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.interop.torch_file import read_torch
 from ghn_jax.interop.torch_network import abstract_params, to_torch
 from ghn_jax.training.config import preset
+
+webdriver = pytest.importorskip("selenium.webdriver")
+ActionChains, Keys = webdriver.ActionChains, webdriver.Keys
 
 pytestmark = pytest.mark.browser
 
@@ -67,12 +71,11 @@ def server(tmp_path_factory):
     assert any((folder / "tmp").iterdir())
     process.send_signal(signal.SIGTERM)
     process.wait(60)
-    assert not any((folder / "tmp").iterdir()), "files are left"
+    assert [*(folder / "tmp").iterdir()] == []
 
 
 @pytest.fixture(scope="module")
 def browser(server, tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('user')}"):
@@ -109,13 +112,9 @@ def downloaded(browser, button, suffix):
     return wait_until(whole)[0]
 
 
-def replace_text(browser, text):
-    from selenium.webdriver import ActionChains, Keys
-
-    one(browser, "#architecture .cm-content").click()
-    keys = ActionChains(browser)
-    keys.key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL).send_keys(Keys.DELETE)
-    keys.send_keys(text).perform()
+def write(field, text):
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(text)
 
 
 def test_a_network_is_predicted_shown_and_downloaded(browser):
@@ -127,7 +126,7 @@ def test_a_network_is_predicted_shown_and_downloaded(browser):
         "return [...document.querySelectorAll('#results img')].map(i => [i.alt, i.naturalWidth])"
     )
     kinds = {alt.split()[0] for alt, _ in widths}
-    assert kinds == {"test", "filter", "graph", "histogram"}
+    assert kinds == {"test", "filter", "graph", "legend", "histogram"}
     assert all(width > 0 for _, width in widths)
 
     with zipfile.ZipFile(downloaded(browser, "flax", ".zip")) as archive:
@@ -144,18 +143,32 @@ def test_a_network_is_predicted_shown_and_downloaded(browser):
 
 
 def test_another_network_is_chosen_and_edited(browser):
+    """By its number, by the sliders' numbers, and by its text."""
+    arch = evaluation_set("test")[3]
     one(browser, "#source input[value='evaluation split']").click()
-    number = one(browser, "#index input")
-    number.clear()
-    number.send_keys("3")
-    before = said(browser, "#architecture .cm-content")
-    cells = one(browser, "#cells input[type=number]")
-    wait_until(lambda: cells.get_attribute("value") != "4" or before)
-    replace_text(browser, '{"n_cells": 3')
+    write(one(browser, "#index input"), "3")
+    cells, channels = (
+        one(browser, f"#{name} input[type=number]") for name in ("cells", "channels")
+    )
+    wait_until(lambda: cells.get_attribute("value") == str(arch.n_cells))
+    assert channels.get_attribute("value") == str(arch.C)
+    write(cells, "2\t")
+    write(channels, "8\t")
+    wait_until(lambda: all(f in said(browser, "#architecture") for f in ('"n_cells": 2', '"C": 8')))
+    one(browser, "#predict").click()
+    wait_until(lambda: said(browser, "#results h3").startswith("test 3, edited"))
+    assert said(browser, "#problem") == ""
+
+    one(browser, "#architecture .cm-content").click()
+    keys = ActionChains(browser)
+    keys.key_down(Keys.CONTROL).send_keys("a").key_up(Keys.CONTROL).send_keys(
+        "n_cells = 3"
+    ).perform()
     assert "this is not JSON" in wait_until(lambda: said(browser, "#problem [role=alert]"))
     one(browser, "#predict").click()
     wait_until(lambda: "press Predict" in said(browser, "#results"))
     assert "this is not JSON" in said(browser, "#problem [role=alert]")
+    assert not one(browser, "#flax").is_enabled()
 
 
 def test_nothing_comes_from_elsewhere(browser):

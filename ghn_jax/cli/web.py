@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,14 +42,16 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(WebConfig, prog=PROG, args=arguments, description=__doc__)
     if not 0 < config.port < 2**16:
         raise ValueError(f"--port is {config.port}; allowed: 1 to {2**16 - 1}")
-    # An extra brings Gradio; who lacks it is told before anything is read.
-    from ghn_jax.web.page import serve
-    from ghn_jax.web.predictor import open_predictor
+    with tempfile.TemporaryDirectory(prefix="ghn-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read where Gradio is imported
+        # An extra brings it; who lacks it is told before anything is read.
+        from ghn_jax.web.page import serve
+        from ghn_jax.web.predictor import open_predictor
 
-    keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
-    keep_memory()
-    predictor = open_predictor(config.ghn, config.dataset, config.data_dir)
-    serve(predictor, config.ghn.resolve().name, config.host, config.port)
+        keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
+        keep_memory()
+        predictor = open_predictor(config.ghn, config.dataset, config.data_dir)
+        serve(predictor, Path(folder), config.ghn.resolve().name, config.host, config.port)
 
 
 run = command(PROG, main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
@@ -22,6 +21,7 @@ from ghn_jax.web.results import CSS, message, results
 SAMPLED, SPLIT, ZOO = SOURCES = ("sampled", "evaluation split", "model of the zoo")
 PLACEHOLDER = '<div class="ghn"><p class="wide">Choose a network, then press Predict.</p></div>'
 _CELLS, _WIDTH = 36, 256  # ends of the sliders, further where a network is beyond
+_CLEAN_EVERY, _KEEP = 600, 3600  # seconds; of files that were offered for download
 
 
 class _Handlers:
@@ -47,7 +47,7 @@ class _Handlers:
 
     def choose(self, source, seed, split, index, model):
         """Shows the fields of a source, and the architecture that they name."""
-        fields = [gr.update(visible=source == s) for s in (SAMPLED, SPLIT, SPLIT, ZOO)]
+        fields = [gr.update(visible=source == s) for s in SOURCES]
         editor: list = [{"visible": source != ZOO}] * 3
         problem = ""
         try:
@@ -118,22 +118,26 @@ def build(predictor: Predictor, folder: Path, title: str) -> gr.Blocks:
     """
     do = _Handlers(predictor, folder)
     first, images = predictor.sample(0), predictor.images
-    about = f"Tested on {images.name}, images of {images.image_size}×{images.image_size} pixels."
-    with gr.Blocks(title=f"{title} · ghn_jax", analytics_enabled=False) as page:
-        gr.Markdown(f"## {title} predicts parameters\n{about}")
+    about = f"tested on {images.name}, images of {images.image_size}×{images.image_size} pixels"
+    options = {
+        "analytics_enabled": False,
+        "delete_cache": (_CLEAN_EVERY, _KEEP),
+        "fill_width": True,
+    }
+    with gr.Blocks(title=f"{title} · ghn_jax", **options) as page:
+        gr.Markdown(f"### {title} predicts parameters, {about}")
         with gr.Row():
             with gr.Column(scale=1, min_width=340):
                 source = gr.Radio(SOURCES, value=SAMPLED, label="Network", elem_id="source")
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-                with gr.Row():
+                with gr.Row(visible=False) as of_split_row:
                     split = gr.Dropdown(
-                        [*EVALUATION_SIZES], value="test", label="Split", visible=False,
-                        min_width=120, elem_id="split",
+                        [*EVALUATION_SIZES], value="test", label="Split", min_width=120,
+                        elem_id="split",
                     )  # fmt: skip
                     index = gr.Number(
-                        0, label="Number", precision=0, visible=False, min_width=120,
-                        elem_id="index",
-                    )  # fmt: skip
+                        0, label="Number", precision=0, min_width=120, elem_id="index"
+                    )
                 model = gr.Dropdown(
                     [*zoo.MODELS], value="resnet18", label="Model", visible=False, elem_id="model"
                 )
@@ -141,19 +145,25 @@ def build(predictor: Predictor, folder: Path, title: str) -> gr.Blocks:
                 n_cells = gr.Slider(1, step=1, label="Cells", elem_id="cells", **cells)
                 width = gr.Slider(8, step=8, label="Channels", elem_id="channels", **channels)
                 text = gr.Code(
-                    as_text(first), language="json", label="Architecture, to edit", lines=12,
-                    max_lines=12, interactive=True, elem_id="architecture",
+                    as_text(first), language="json", label="Architecture, to edit", lines=20,
+                    max_lines=20, interactive=True, elem_id="architecture",
                 )  # fmt: skip
-                problem = gr.HTML(elem_id="problem")
+                problem = gr.HTML(elem_id="problem", padding=False)
                 start = gr.Button("Predict", variant="primary", elem_id="predict")
             with gr.Column(scale=3, min_width=600):
-                shown = gr.HTML(PLACEHOLDER, elem_id="results")
+                shown = gr.HTML(PLACEHOLDER, elem_id="results", padding=False)
                 with gr.Row():
                     flax = gr.DownloadButton(
-                        "Download for Flax (Orbax, .zip)", interactive=False, elem_id="flax"
+                        "Download for Flax (Orbax, .zip)",
+                        interactive=False,
+                        size="md",
+                        elem_id="flax",
                     )
                     torch = gr.DownloadButton(
-                        "Download for PyTorch (.pt)", interactive=False, elem_id="torch"
+                        "Download for PyTorch (.pt)",
+                        interactive=False,
+                        size="md",
+                        elem_id="torch",
                     )
         fields = [source, seed, split, index, model]
         quiet = {
@@ -163,7 +173,7 @@ def build(predictor: Predictor, folder: Path, title: str) -> gr.Blocks:
         }
         gr.on(
             [field.input for field in fields], do.choose, fields,
-            [seed, split, index, model, n_cells, width, text, problem], **quiet,
+            [seed, of_split_row, model, n_cells, width, text, problem], **quiet,
         )  # fmt: skip
         text.input(do.edited, text, [n_cells, width, problem], **quiet)
         gr.on(
@@ -177,23 +187,26 @@ def build(predictor: Predictor, folder: Path, title: str) -> gr.Blocks:
     return page
 
 
-def serve(predictor: Predictor, title: str, host: str, port: int) -> None:
-    """Serves the page until the process is stopped; downloads are removed at the end.
+def serve(predictor: Predictor, folder: Path, title: str, host: str, port: int) -> None:
+    """Serves the page until the process is stopped.
 
     Args:
       predictor: that it is about.
+      folder: for downloads.
       title: of the hypernetwork.
       host, port: where it listens.
 
     Raises:
       OSError: the port is taken.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with tempfile.TemporaryDirectory(prefix="ghn-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
-        build(predictor, Path(folder), title).launch(
-            server_name=host, server_port=port, share=False, ssr_mode=False,
-            run_history=False, footer_links=[],
-            theme=gr.themes.Default(**fonts), css=CSS,
-        )  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what is temporary is removed then, too
+    page = build(predictor, folder, title)
+    # Fonts of the system: Gradio's own are fetched from elsewhere.
+    fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
+    _, address, _ = page.launch(
+        server_name=host, server_port=port, share=False, ssr_mode=False, run_history=False,
+        footer_links=[], theme=gr.themes.Default(primary_hue="blue", **fonts), css=CSS,
+        quiet=True, prevent_thread_lock=True,
+    )  # fmt: skip
+    print(f"the page is at {address}; Ctrl+C ends it", flush=True)
+    page.block_thread()

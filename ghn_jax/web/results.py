@@ -19,35 +19,40 @@ from ghn_jax.plot.figure import canvas, tidy
 from ghn_jax.web.predictor import Prediction
 from ghn_jax.web.trial import Trial
 
-MOST_FILTERS = 64
+MOST_FILTERS, FEW_FILTERS = 64, 24
 _BINS = 80
 _WEIGHTS, _OTHERS = "#123a80", "#e39b2d"
 
 CSS = """
-.ghn { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 12px;
+.ghn { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr);
+       grid-template-rows: auto auto auto 1fr; gap: 12px;
        color: var(--body-text-color); font-size: 14px; }
 .ghn > * { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px;
            background: var(--block-background-fill); margin: 0; }
 .ghn .wide { grid-column: 1 / -1; }
 .ghn h3 { font-size: 14px; font-weight: 600; margin: 0 0 6px; color: var(--body-text-color); }
-.ghn .facts { display: flex; flex-wrap: wrap; gap: 8px 40px; align-items: flex-end; }
-.ghn .facts dt { font-size: 12px; color: var(--body-text-color-subdued); }
+.ghn .facts { display: flex; flex-wrap: wrap; gap: 6px 28px; margin: 0; }
+.ghn .facts dt { font-size: 12px; opacity: 0.75; }
 .ghn .facts dd { font-size: 22px; font-weight: 600; margin: 0; line-height: 1.3;
                  font-variant-numeric: tabular-nums; }
 .ghn .facts div:first-child dd { color: #1f5fbf; }
-.ghn .note { margin: 6px 0 0; font-size: 12px; color: var(--body-text-color-subdued); }
-.ghn .images { display: flex; flex-wrap: wrap; gap: 8px 14px; }
+.ghn .note { margin: 6px 0 0; font-size: 12px; opacity: 0.75; }
+.ghn .images { display: flex; flex-wrap: wrap; gap: 8px 20px; }
 .ghn .images figure { margin: 0; text-align: center; font-size: 12px; }
-.ghn .images img { width: 64px; height: 64px; }
+.ghn .images img { width: 72px; height: 72px; }
 .ghn .right { color: #1a7f37; } .ghn .wrong { color: #c0392b; }
 .ghn .pixels img { image-rendering: pixelated; display: block; margin: 0 auto 2px; }
 .ghn .filters { display: flex; flex-wrap: wrap; gap: 4px; }
 .ghn .filters img { width: 34px; height: 34px; margin: 0; }
-.ghn .graph { grid-row: span 2; text-align: center; }
-.ghn .graph h3 { text-align: left; }
-.ghn .graph img { max-width: 100%; max-height: 500px; object-fit: contain; margin: 0 auto;
-                  background: white; border-radius: 4px; }
+.ghn .filters.few img { width: 60px; height: 60px; }
+.ghn .graph { grid-row: span 2; }
+.ghn .graph div { display: flex; justify-content: center; gap: 16px; }
+.ghn .graph img { object-fit: contain; margin: 0; background: white; border-radius: 4px; }
+.ghn .graph img:first-child { min-width: 0; max-height: 560px; }
+.ghn .graph img:last-child { flex: none; align-self: flex-start; }
 .ghn .histogram img { width: 100%; border-radius: 4px; }
+#results, #results .html-container { padding: 0; }
+#problem:not(:has([role])) { display: none; }
 .ghn-message { color: #c0392b; overflow-wrap: anywhere; }
 @media (max-width: 900px) { .ghn { grid-template-columns: minmax(0, 1fr); } }
 """
@@ -96,7 +101,7 @@ def histogram(prediction: Prediction) -> Figure:
         low, high = -1.0, 1.0
     margin = (high - low) / 50 or 1.0
     edges = np.linspace(low - margin, high + margin, _BINS + 1)
-    figure = canvas(5.2, 2.1)
+    figure = canvas(5.2, 3.5)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     axes.set(xlabel="value", ylabel="parameters", ylim=(0.7, 10))
@@ -129,9 +134,10 @@ def _png(pixels: np.ndarray) -> str:
     return _address(file)
 
 
-def _picture(figure: Figure) -> str:
+def _picture(figure: Figure, cut: bool = False) -> str:
+    """A figure as the address of a picture, `cut` to what is drawn."""
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    figure.savefig(file, format="png", bbox_inches="tight" if cut else None)
     return _address(file)
 
 
@@ -143,9 +149,9 @@ def _facts(prediction: Prediction) -> str:
     trial = prediction.trial
     facts = [
         (f"accuracy on {trial.tested:,} test images", f"{trial.top1:.1%}"),
-        ("with random parameters (He)", f"{trial.top1_random:.1%}"),
+        ("random parameters (He)", f"{trial.top1_random:.1%}"),
         ("by chance", f"{trial.chance:.1%}"),
-        ("nodes of the graph", f"{len(prediction.graph):,}"),
+        ("graph nodes", f"{len(prediction.graph):,}"),
         ("parameters", f"{prediction.parameters:,}"),
         ("predicted in", f"{prediction.seconds:.2f} s"),
     ]
@@ -175,10 +181,17 @@ def _images(trial: Trial) -> str:
 
 
 def _graph(prediction: Prediction) -> str:
-    picture = _picture(draw_graph(prediction.graph))
+    figure = draw_graph(prediction.graph)
+    # A picture of its own, or the legend would shrink with the graph.
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    aside = canvas(1.9, 0.24 * len(texts))
+    aside.legend(legend.legend_handles, texts, loc="upper left", frameon=False, borderaxespad=0)
+    legend.remove()
     return (
-        '<section class="graph"><h3>Computational graph</h3>'
-        f'<img src="{picture}" alt="graph of {len(prediction.graph)} nodes"></section>'
+        '<section class="graph"><h3>Computational graph</h3><div>'
+        f'<img src="{_picture(figure, cut=True)}" alt="graph of {len(prediction.graph)} nodes">'
+        f'<img src="{_picture(aside)}" alt="legend" width="178"></div></section>'
     )
 
 
@@ -192,7 +205,8 @@ def _filters(kernels: np.ndarray) -> str:
     title = f"First layer: {count} filters of {height}×{width}"
     if count > MOST_FILTERS:
         title += f", the first {MOST_FILTERS}"
-    return f'<section><h3>{title}</h3><div class="filters pixels">{pictures}</div></section>'
+    size = "few" if count <= FEW_FILTERS else "many"
+    return f'<section><h3>{title}</h3><div class="filters {size} pixels">{pictures}</div></section>'
 
 
 def _histogram(prediction: Prediction) -> str:
