@@ -217,7 +217,7 @@ def test_the_results(prediction):
         for i in range(24)  # 3 C, as in DARTS
     ]
     assert page.pictures["legend"].width > 200
-    assert page.pictures[f"graph of {len(prediction.graph)} nodes"].width > 300
+    assert page.pictures[f"graph of {len(prediction.graph)} nodes"].height > 300
     assert page.pictures[f"histogram of {prediction.parameters} parameters"].width > 300
     right = (tested.labels == tested.classes).sum()
     assert sum(said.startswith("✓") for said in page.said) == right

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     if not 0 < config.port < 2**16:
         raise ValueError(f"--port is {config.port}; allowed: 1 to {2**16 - 1}")
     with tempfile.TemporaryDirectory(prefix="ghn-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # read where Gradio is imported
+        # Copies of downloads, which Gradio removes as they age; read where it is imported.
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "offered")
         # An extra brings it; who lacks it is told before anything is read.
         from ghn_jax.web.page import serve
         from ghn_jax.web.predictor import open_predictor

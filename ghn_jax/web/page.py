@@ -21,7 +21,7 @@ from ghn_jax.web.results import CSS, message, results
 SAMPLED, SPLIT, ZOO = SOURCES = ("sampled", "evaluation split", "model of the zoo")
 PLACEHOLDER = '<div class="ghn"><p class="wide">Choose a network, then press Predict.</p></div>'
 _CELLS, _WIDTH = 36, 256  # ends of the sliders, further where a network is beyond
-_CLEAN_EVERY, _KEEP = 600, 3600  # seconds; of files that were offered for download
+_CLEAN_EVERY, _KEEP = 600, 3600  # seconds; of copies that were offered for download
 
 
 class _Handlers:
@@ -29,7 +29,7 @@ class _Handlers:
 
     Args:
       predictor: of the page.
-      folder: for downloads; what a prediction wrote is removed by the next.
+      folder: for downloads; Gradio has copied what a prediction wrote when the next begins.
     """
 
     def __init__(self, predictor: Predictor, folder: Path):
