@@ -221,6 +221,6 @@ def open_predictor(path: Path, dataset: str | None, data_dir: str | None) -> Pre
         )
     rules = RULES["test"]
     if training is not None:
-        rules = dataclasses.replace(training.space.rules(images.image_size), stream="test")
+        rules = training.space.rules(images.image_size)
     enlarged = load(image_size=SMALLEST) if images.image_size < SMALLEST else None
     return Predictor(ghn, variables, images, enlarged=enlarged, rules=rules)
