@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-mesh test-slurm test-endurance test-damage docs gpu-check lint clean
+.PHONY: demo test test-mesh test-slurm test-endurance test-damage test-browser docs gpu-check lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py --out runs/demo
@@ -31,6 +31,11 @@ test-endurance: $(VENV)/.installed-test
 # 10,000 damaged files of every format, each with a fixed seed: ten minutes.
 test-damage: $(VENV)/.installed-test
 	GHN_JAX_DAMAGES=40 $(BIN)/python -m pytest -n 0 tests/test_damage.py
+
+# The web page in a browser (Debian: apt-get install chromium chromium-driver): a minute.
+test-browser: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet -e '.[web]' 'selenium>=4.20'
+	$(BIN)/python -m pytest -n 0 -m browser tests/test_web_browser.py
 
 # The engine on an accelerator, ten minutes: right, how fast, then it trains. Writes gpu_check.json.
 gpu-check:

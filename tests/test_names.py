@@ -87,6 +87,7 @@ def test_commands_say_what_is_wrong_in_a_line(script, monkeypatch):
         "ghn-predict": ["--ckpt", "/nowhere", "--out", "x.pt"],
         "ghn-convert": ["ghn", "/nowhere", "/x.pt"],
         "ghn-deepnets1m": ["stats", "--num", "0"],
+        "ghn-demo": ["--ghn", "/nowhere"],
     }[script]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -115,7 +116,8 @@ def test_scripts_are_thin():
 def test_packages_import_no_package_above_them():
     """The order in which packages stand: each imports only from those before it."""
     order = ["files", "deepnets1m", "zoo", "data", "plot", "hypernet", "engine", "tracing",
-             "training", "detection", "evaluation", "interop", "cli"]  # fmt: skip
+             "training", "detection", "evaluation", "interop", "web",
+             "cli"]  # fmt: skip
     for path in ROOT.glob("ghn_jax/*/**/*.py"):
         package = path.relative_to(ROOT / "ghn_jax").parts[0]
         for node in ast.walk(ast.parse(path.read_text())):

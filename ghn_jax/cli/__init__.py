@@ -1,4 +1,4 @@
-"""The commands: ghn-train, ghn-eval, ghn-predict, ghn-convert, ghn-deepnets1m and others."""
+"""The commands: ghn-train, ghn-eval, ghn-predict, ghn-convert, ghn-deepnets1m, ghn-demo, others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 _EXTRAS = {
     "array_record": "train",
+    "gradio": "web",
     "importlib_resources": "train",
     "markdown": "plot",
     "matplotlib": "plot",

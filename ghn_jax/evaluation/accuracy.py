@@ -69,8 +69,14 @@ def full_batches(images: Images, size: int) -> Iterator[tuple[np.ndarray, np.nda
         yield batch, labels, counted
 
 
-def _logits(network: nn.Module, engine: Engine, images: int):
-    """How a network runs, by the engine if it can: a tree of parameters -> (images -> logits)."""
+def logits_of(network: nn.Module, engine: Engine, images: int) -> Callable:
+    """How a network runs, by the engine if it can: a tree of parameters -> (images -> logits).
+
+    Args:
+      network: from `build_network`, or another Linen module.
+      engine: runs networks of the design space.
+      images: how many run at once.
+    """
     if not isinstance(network, Network):
         run = jax.jit(lambda params, x: apply_on_batch(network, {"params": params}, x))
         return lambda params: functools.partial(run, params)
@@ -101,7 +107,7 @@ def evaluate_network(
       engine: runs networks of the design space; the same for several finds most programs compiled.
     """
     engine = engine or Engine()
-    with_params = _logits(network, engine, min(batch_size, len(images)))
+    with_params = logits_of(network, engine, min(batch_size, len(images)))
     # One batch leaves a part of two cores idle; on accelerators the next is queued in any case.
     at_once = 2 if jax.default_backend() == "cpu" else 1
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ghn_jax.deepnets1m.task import Task
 
+SMALLEST = 32  # pixels
+
 
 def is_small(image_size: int) -> bool:
     """Whether the first layers keep the resolution, as the paper has it for CIFAR-10 (§ 5.1).
@@ -14,6 +16,6 @@ def is_small(image_size: int) -> bool:
     Raises:
       ValueError: it is below 32 pixels, of which the deepest networks would leave nothing.
     """
-    if image_size < 32:
-        raise ValueError(f"image_size is {image_size}; allowed: 32 pixels or more")
+    if image_size < SMALLEST:
+        raise ValueError(f"image_size is {image_size}; allowed: {SMALLEST} pixels or more")
     return not Task(image_size=image_size).large

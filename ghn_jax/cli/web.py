@@ -1,0 +1,61 @@
+r"""A web page to try a hypernetwork: choose or edit a network, see what is predicted for it.
+
+    ghn-demo --ghn runs/demo
+    ghn-demo --ghn ghn2_cifar10.pt --dataset cifar10 --data-dir DIR
+
+Shows the network's graph, its accuracy on test images, its first filters and the values of its
+parameters, which can be downloaded for Flax and PyTorch. The page is at http://127.0.0.1:7860 until
+the program is stopped; it loads nothing from elsewhere and reports to nobody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from ghn_jax.cli import command
+from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.engine.memory import keep_memory
+
+PROG = "ghn-demo"
+
+
+@dataclasses.dataclass(frozen=True)
+class WebConfig:
+    """Which hypernetwork, and where."""
+
+    ghn: Path  # a folder of training or save_ghn, or a file of the authors'
+    dataset: str | None = None  # of the test images; default: the one that it was trained on
+    data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: whoever reaches this machine sees it
+    port: int = 7860  # of the address
+    cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs are kept here between runs
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Entry point."""
+    config = tyro.cli(WebConfig, prog=PROG, args=arguments, description=__doc__)
+    if not 0 < config.port < 2**16:
+        raise ValueError(f"--port is {config.port}; allowed: 1 to {2**16 - 1}")
+    with tempfile.TemporaryDirectory(prefix="ghn-demo-") as folder:
+        # Copies of downloads, which Gradio removes as they age; read where it is imported.
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "offered")
+        # An extra brings it; who lacks it is told before anything is read.
+        from ghn_jax.web.page import serve
+        from ghn_jax.web.predictor import open_predictor
+
+        keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
+        keep_memory()
+        predictor = open_predictor(config.ghn, config.dataset, config.data_dir)
+        serve(predictor, Path(folder), config.ghn.resolve().name, config.host, config.port)
+
+
+run = command(PROG, main)
+
+if __name__ == "__main__":
+    run()

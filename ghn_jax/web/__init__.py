@@ -1,0 +1,1 @@
+"""A page to try a hypernetwork in a browser; `page.py` alone needs Gradio."""
