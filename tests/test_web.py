@@ -303,7 +303,7 @@ def test_a_run_says_what_it_was_trained_on(page, tmp_path):
     run = Checkpoints(tmp_path / "run")
     run.write_config(SMALL_GHN, training=config.describe(), image_size=20)
     run.save(0, 0, params=page.variables["params"])
-    found = predictor.open_predictor(tmp_path / "run", None, None)
+    found = predictor.open_predictor(str(tmp_path / "run"), None, None)
     found.engine.programs.close()
     assert (found.images.name, found.images.split, found.images.image_size) == (
         "digits",
@@ -319,11 +319,11 @@ def test_hypernetworks_that_do_not_fit_are_refused(page, tmp_path):
     save_ghn(tmp_path / "ghn", SMALL_GHN, page.variables)
     np.savez(tmp_path / "a.npz", images=np.zeros((30, 8, 8), np.uint8), labels=np.arange(30) % 3)
     with pytest.raises(ValueError, match="does not say what it was trained on; give --dataset"):
-        predictor.open_predictor(tmp_path / "ghn", None, None)
+        predictor.open_predictor(str(tmp_path / "ghn"), None, None)
     with pytest.raises(ValueError, match="has 3 classes, but .* for 10; give the dataset"):
-        predictor.open_predictor(tmp_path / "ghn", f"npz:{tmp_path / 'a.npz'}", None)
+        predictor.open_predictor(str(tmp_path / "ghn"), f"npz:{tmp_path / 'a.npz'}", None)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        predictor.open_predictor(tmp_path / "nothing", "digits", None)
+        predictor.open_predictor(str(tmp_path / "nothing"), "digits", None)
 
 
 # --- The page itself ------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ PROG = "ghn-demo"
 class WebConfig:
     """Which hypernetwork, and where."""
 
-    ghn: Path  # a folder of training or save_ghn, or a file of the authors'
+    ghn: str  # a folder or file, or a name; see `ghn_jax.from_pretrained`
     dataset: str | None = None  # of the test images; default: the one that it was trained on
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: whoever reaches this machine sees it
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
         keep_memory()
         predictor = open_predictor(config.ghn, config.dataset, config.data_dir)
-        serve(predictor, Path(folder), config.ghn.resolve().name, config.host, config.port)
+        serve(predictor, Path(folder), Path(config.ghn).resolve().stem, config.host, config.port)
 
 
 run = command(PROG, main)

@@ -28,7 +28,7 @@ from ghn_jax.files.messages import in_a_line
 from ghn_jax.files.replace import write_beside
 from ghn_jax.hypernet.ghn import GHN
 
-_CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
+CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
 
 
 def ghn_config(ghn: GHN) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Checkpoints:
         """Writes `config.json`: the hypernetwork's fields and whatever else is JSON."""
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(with_digest({"ghn": ghn_config(ghn), **more}), indent=2)
-        write_beside(self.path / _CONFIG, text + "\n")
+        write_beside(self.path / CONFIG, text + "\n")
 
     def config(self) -> dict[str, Any]:
         """Reads `config.json`.
@@ -122,10 +122,10 @@ class Checkpoints:
           FileNotFoundError: there is none.
           ValueError: it is not what `write_config` writes.
         """
-        path = self.path / _CONFIG
+        path = self.path / CONFIG
         if not path.is_file():
             raise FileNotFoundError(
-                f"{self.path} holds no {_CONFIG}; give a folder written by training or by save_ghn"
+                f"{self.path} holds no {CONFIG}; give a folder written by training or by save_ghn"
             )
         config = read_json(path, "restore it from a copy")
         if not isinstance(config, dict) or not isinstance(config.get("ghn"), dict):
@@ -134,7 +134,7 @@ class Checkpoints:
 
     def ghn(self) -> GHN:
         """The hypernetwork that `config.json` describes."""
-        return ghn_from_config(self.config()["ghn"], self.path / _CONFIG)
+        return ghn_from_config(self.config()["ghn"], self.path / CONFIG)
 
     def latest(self) -> int | None:
         """The last checkpoint's step, None if there is none."""

@@ -15,7 +15,7 @@ from ghn_jax.files.json_file import read_json
 from ghn_jax.files.tensors import read_tensors, write_tensors
 from ghn_jax.hypernet.checkpoint import Checkpoints, save_ghn
 from ghn_jax.hypernet.ghn_file import tree_name, write_ghn_file
-from ghn_jax.interop.pretrained import from_pretrained
+from ghn_jax.interop.pretrained import about, from_pretrained
 from ghn_jax.interop.torch_file import read_torch, write_torch
 from ghn_jax.interop.torch_ghn import save_torch_ghn
 from ghn_jax.interop.torch_models import abstract_variables
@@ -55,7 +55,7 @@ def convert_ghn(source: _Path, target: _Path, to: Framework = "torch", half: boo
         raise ValueError("--half is for files of ours: NAME.safetensors --to flax")
     ghn, variables = from_pretrained(source)
     if ours:
-        write_ghn_file(target, ghn, variables, half=half)
+        write_ghn_file(target, ghn, variables, half=half, about=about(source))
     elif target.suffix in _TORCH:
         save_torch_ghn(ghn, variables, target)
     else:

@@ -6,10 +6,11 @@ ghn, variables = ghn_jax.from_pretrained("runs/x")  # or a file, or a name of `a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.hypernet.checkpoint import CONFIG, Checkpoints, load_ghn
 from ghn_jax.hypernet.ghn import GHN
-from ghn_jax.hypernet.ghn_file import is_ghn_file, read_ghn_file
+from ghn_jax.hypernet.ghn_file import is_ghn_file, read_about, read_ghn_file
 from ghn_jax.interop.joblib_file import is_joblib
 from ghn_jax.interop.torch_ghn import is_safetensors, load_torch_ghn
 
@@ -51,8 +52,7 @@ def _holds(path: Path) -> bool:
 
 
 def _from_folder(path: Path) -> tuple[GHN, dict]:
-    config = path / "config.json"
-    if config.is_file():
+    if (path / CONFIG).is_file():
         return load_ghn(path)
     files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
     if len(files) == 1:
@@ -73,6 +73,21 @@ def available() -> list[str]:
 def shipped(name: str) -> Path | None:
     """The file of a hypernetwork that comes with the package, None if there is none of the name."""
     return _SHIPPED / f"{name}.safetensors" if name in available() else None
+
+
+def about(source: str | Path) -> dict[str, Any]:
+    """What a hypernetwork says about itself: of one of ours, `training` has the options it had.
+
+    Args:
+      source: as `from_pretrained` takes it.
+
+    Raises:
+      FileNotFoundError, ValueError: as `from_pretrained`.
+    """
+    path = shipped(str(source)) or Path(source)
+    if (path / CONFIG).is_file():
+        return {k: v for k, v in Checkpoints(path).config().items() if k != "ghn"}
+    return read_about(path) if is_ghn_file(path) else {}
 
 
 def from_pretrained(source: str | Path) -> tuple[GHN, dict]:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -23,8 +22,8 @@ from ghn_jax.deepnets1m.sampling import RULES, Rules, sample_architecture
 from ghn_jax.engine.compilation import CompilationCounter
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import logits_of
-from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.interop.pretrained import about, from_pretrained
 from ghn_jax.interop.torch_network import to_torch
 from ghn_jax.tracing.model_graph import trace_once
 from ghn_jax.tracing.prediction import predict_model
@@ -177,26 +176,24 @@ class Predictor:
         return found, seconds
 
 
-def training_of(path: Path) -> TrainConfig | None:
+def training_of(source: str) -> TrainConfig | None:
     """The options that a hypernetwork was trained with, None where nothing says so.
 
     Raises:
-      ValueError: its config.json is damaged, or of another version.
+      FileNotFoundError, ValueError: there is none, it is damaged, or of another version.
     """
-    if not (path / "config.json").is_file():
-        return None
-    described = Checkpoints(path).config().get("training")
+    described = about(source).get("training")
     return TrainConfig.read(described) if described else None
 
 
-def open_predictor(path: Path, dataset: str | None, data_dir: str | None) -> Predictor:
+def open_predictor(source: str, dataset: str | None, data_dir: str | None) -> Predictor:
     """The predictor of a hypernetwork, on the test images of a dataset.
 
-    Networks are sampled as it met them in training, where its folder says how, but from a random
+    Networks are sampled as it met them in training, where it says how, but from a random
     stream that training never draws from; else as those of the split `test`.
 
     Args:
-      path: a folder or a file; see `GHN.from_pretrained`.
+      source: see `from_pretrained`.
       dataset: see `load_images`; the one that it was trained on if not given.
       data_dir: folder of the datasets that TFDS has prepared.
 
@@ -204,10 +201,10 @@ def open_predictor(path: Path, dataset: str | None, data_dir: str | None) -> Pre
       FileNotFoundError: there is no hypernetwork, or no dataset.
       ValueError: one of them is damaged, or they do not fit.
     """
-    ghn, variables = GHN.from_pretrained(path)
-    training = training_of(path)
+    ghn, variables = from_pretrained(source)
+    training = training_of(source)
     if dataset is None and training is None:
-        raise ValueError(f"{path} does not say what it was trained on; give --dataset")
+        raise ValueError(f"{source} does not say what it was trained on; give --dataset")
     size = None
     if dataset is None:
         assert training is not None
@@ -216,8 +213,8 @@ def open_predictor(path: Path, dataset: str | None, data_dir: str | None) -> Pre
     images = load(image_size=size)
     if images.num_classes != ghn.num_classes:
         raise ValueError(
-            f"{dataset} has {images.num_classes} classes, but the hypernetwork in {path} predicts "
-            f"classifiers for {ghn.num_classes}; give the dataset that it was trained on"
+            f"{dataset} has {images.num_classes} classes, but the hypernetwork in {source} "
+            f"predicts classifiers for {ghn.num_classes}; give the dataset that it was trained on"
         )
     rules = RULES["test"]
     if training is not None:
