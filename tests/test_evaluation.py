@@ -12,6 +12,7 @@ from definition import unit_by_unit
 from ghn_jax.cli import evaluate
 from ghn_jax.data.images import Images, eval_batches, load_images
 from ghn_jax.deepnets1m.architecture import DARTS, VIT, Architecture
+from ghn_jax.deepnets1m.evaluation_sets import evaluation_set
 from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation import accuracy as evaluation
@@ -256,3 +257,14 @@ def test_a_hypernetwork_for_other_classes_is_refused(tmp_path):
     with pytest.raises(ValueError, match="digits has 10 classes, but .* classifiers for 7; give"):
         evaluate.main(["--ckpt", str(tmp_path / "ghn"), "--dataset", "digits",
                        "--cache-dir", str(tmp_path / "cache")])  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", [evaluation_set("bnfree")[3], evaluation_set("wide")[2], VIT])
+def test_random_parameters_are_those_of_the_module(arch):
+    """Their shapes come from the network's units; here from its Flax module, traced."""
+    network = build_network(arch.replace(C=8), 10, 16)
+    images = jax.ShapeDtypeStruct((2, 16, 16, 3), np.float32)
+    expected = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    found = random_parameters(network, 16, seed=0)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, expected)

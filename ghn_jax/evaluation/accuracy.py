@@ -23,7 +23,7 @@ from ghn_jax import zoo
 from ghn_jax.data.images import Images, eval_batches
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.network import Network, build_network
-from ghn_jax.engine.engine import Engine, weights_of
+from ghn_jax.engine.engine import Engine, tree_of, weights_of
 from ghn_jax.engine.plan import make_plan
 from ghn_jax.evaluation.batch_statistics import apply_on_batch
 from ghn_jax.hypernet.ghn import GHN
@@ -146,13 +146,26 @@ def draw_parameter(name: str, shape: tuple[int, ...], rng: np.random.Generator) 
     return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
 
 
+def _shapes(network: nn.Module, image_size: int) -> dict:
+    """The `params` tree of a network as shapes; one of the design space is not traced for them."""
+    if isinstance(network, Network):
+        plan = make_plan(network.wiring())
+        shapes = {
+            name: tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in parameter.leaves.values())
+            for step in plan.steps
+            for name, parameter in zip(step.names, step.unit.parameters, strict=True)
+        }
+        return tree_of(plan, shapes)
+    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
+    return jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+
+
 def random_parameters(network: nn.Module, image_size: int, seed: int):
     """He-initialised parameters of a network, a pure function of the seed.
 
     Drawn here and not by `network.init`, which would be compiled for every network.
     """
-    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    shapes = _shapes(network, image_size)
     rng = np.random.default_rng(seed)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: draw_parameter(path[-1].key, leaf.shape, rng), shapes

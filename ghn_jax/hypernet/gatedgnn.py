@@ -36,6 +36,9 @@ def dense_params(
 
     A small one begins with a fifth of the weights, and biases of zero.
     """
+    if module.has_variable("params", name):
+        # `param` would trace the function below again, to compare shapes, in every program.
+        return module.get_variable("params", name)
     fan_in = fan_in or n_in
     bound = fan_in**-0.5 / (5 if small else 1)
     return module.param(
