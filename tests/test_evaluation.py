@@ -259,7 +259,9 @@ def test_a_hypernetwork_for_other_classes_is_refused(tmp_path):
                        "--cache-dir", str(tmp_path / "cache")])  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", [evaluation_set("bnfree")[3], evaluation_set("wide")[2], VIT])
+@pytest.mark.parametrize(
+    "arch", [evaluation_set("bnfree")[3], evaluation_set("wide")[2], named_architectures(8)["ViT"]]
+)
 def test_random_parameters_are_those_of_the_module(arch):
     """Their shapes come from the network's units; here from its Flax module, traced."""
     network = build_network(arch.replace(C=8), 10, 16)

@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -150,7 +150,7 @@ def _shapes(network: nn.Module, image_size: int) -> dict:
     """The `params` tree of a network as shapes; one of the design space is not traced for them."""
     if isinstance(network, Network):
         plan = make_plan(network.wiring())
-        shapes = {
+        shapes: dict[str, Any] = {
             name: tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in parameter.leaves.values())
             for step in plan.steps
             for name, parameter in zip(step.names, step.unit.parameters, strict=True)
