@@ -250,7 +250,7 @@ def test_several_hypernetworks_have_the_names_of_their_folders(tmp_path):
     found = load_ghns([tmp_path / "a/x", tmp_path / "b/y"])
     assert list(found) == ["x", "y"]
     jax.tree.map(np.testing.assert_array_equal, found["y"][1], dict(ghn.init_variables(1)))
-    with pytest.raises(ValueError, match="folders called 'x'"):
+    with pytest.raises(ValueError, match="hypernetworks are called 'x'"):
         load_ghns([tmp_path / "a/x", tmp_path / "b/x"])
     assert list(load_ghns([])) == ["untrained GHN-2"]
 

@@ -172,8 +172,8 @@ def test_nothing_grows(form, runs):
         return [of([getattr(s, name) for s in some]) for some in (early, late)]
 
     memory = both("memory", statistics.median)
-    # The least: a checkpoint that is written has threads and files for a while. Threads of pools
-    # come and go; a leak would be one for each checkpoint.
+    # The least: a checkpoint that is written has threads and files for a while. Pools come and go;
+    # a leak would be a thread or a file for each checkpoint.
     threads, files = both("threads", min), both("files", min)
     programs = [record["compilations"] for record in folder.records()]
     new = programs[-1] - programs[2 * len(programs) // 3]
@@ -181,9 +181,8 @@ def test_nothing_grows(form, runs):
         f"{form.updates:,} updates ({time.monotonic() - start:.0f} s), from update {form.warm} on",
         [
             (f"memory, MiB (at first {memory[0]:,.0f})", memory[1], 1.1 * memory[0]),
-            (f"threads (at first {threads[0]:.0f})", threads[1],
-             threads[0] + form.saves // 2),
-            (f"open files (at first {files[0]:.0f})", files[1], files[0]),
+            (f"threads (at first {threads[0]:.0f})", threads[1], threads[0] + form.saves // 2),
+            (f"open files (at first {files[0]:.0f})", files[1], files[0] + form.saves // 2),
             (f"programs new in the last third (of {programs[-1]:,})", new,
              form.program_growth * programs[-1]),
         ],

@@ -240,7 +240,7 @@ def test_the_program_goes_on_where_it_was(saved, tmp_path, monkeypatch):
         (["--split", "easy"], "--split is 'easy'; allowed: .*test.*named"),
         (["--num", "0"], "--num is 0; allowed: 1 or more"),
         (["--out", "/nowhere/results.json"], "its folder does not exist"),
-        (["--ckpt", "/nowhere"], "holds no config"),
+        (["--ckpt", "/nowhere"], "does not exist; give a folder or a checkpoint"),
         (["--dataset", "mnist"], "mnist.*cifar10"),
     ],
 )

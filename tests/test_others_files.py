@@ -18,6 +18,8 @@ REMOVES = {
     "engine/program_digests.py": "programs that are listed, and those that JAX did not finish",
     "evaluation/experiments/saved_state.py": "the state of a network that is trained",
     "training/run_folder.py": "who owned the lock",
+    "web/downloads.py": "what it has put into an archive, in a temporary folder",
+    "web/page.py": "the last network's files, in a temporary folder",
 }
 REMOVING = {"unlink", "rmtree", "rmdir", "removedirs"}
 ALSO = {"remove", "rename", "replace"}  # of paths; strings, lists and records have them, too
