@@ -52,7 +52,7 @@ class Form(NamedTuple):
 SHORT_OPTIONS = (*FEW, "--training-architectures", "2", "--save-every", "5")
 SHORT = Form(60, 20, SHORT_OPTIONS, 6, 0.0, 60, SHORT_OPTIONS, 2)
 WHOLE = Form(
-    3000, 200, ("--meta-batch", "1", "--save-every", "100"), 22, 0.02,
+    3000, 200, ("--batch-size", "8", "--save-every", "100"), 22, 0.02,
     600, (*FEW, "--training-architectures", "8", "--save-every", "7"), 30,
 )  # fmt: skip
 FORMS = [
