@@ -1,18 +1,19 @@
-"""The engine on an accelerator, in one call: is it right, how fast is it, and then it trains.
+"""The engine on an accelerator, in one call: is it right, and how fast is it?
 
     make gpu-check                                                # or:
-    python bench/gpu_check.py --out gpu.json --minutes 9 --checkpoints runs/gpu
+    python bench/gpu_check.py --out gpu.json --minutes 4
 
 Every result is written to the JSON file as soon as it is there. Parts that cannot run are reported,
 and the next one runs. Without an accelerator all of it runs on the CPU: a rehearsal.
 
 1. Loss and gradient of meta-batches beside the same on the CPU, at the highest matmul precision.
-2. Seconds of an update of GHN-2 (meta-batch 8, batch 64, 32x32): the whole, the host's part, and
+2. Seconds of an update (of GHN-2: meta-batch 8, batch 64, 32x32): the whole, the host's part, and
    the device's by a profile; seconds of compiling; programs; memory.
-3. The same in bfloat16.
-4. With --reference, the authors' code (PyTorch) on the same device and meta-batches.
-5. What the host pays for a call, and what XLA's options change: seconds to compile, seconds to run.
-6. Training until the time is over, from --dataset, with checkpoints.
+3. With --reference, the authors' code (PyTorch) on the same device and meta-batches.
+4. The same in bfloat16.
+5. What the host pays for the walks alone.
+
+`make gpu-train` trains.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ import pstats
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import traceback
+import typing
 from contextlib import closing
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,7 @@ import optax
 import tyro
 
 from ghn_jax.cli.deepnets1m import export
-from ghn_jax.data.images import load_images, prefetch, train_batches
+from ghn_jax.data.images import prefetch
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
@@ -49,12 +51,9 @@ from ghn_jax.deepnets1m.units import NormSum
 from ghn_jax.engine.compilation import (
     CompilationCounter,
     keep_programs,
-    known_options,
-    program_options,
 )
 from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Programs
-from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.training.config import preset
 from ghn_jax.training.decoding import Tiles
@@ -62,20 +61,19 @@ from ghn_jax.training.mesh import make_mesh
 from ghn_jax.training.meta_batch import Stream, make_meta_batch
 from ghn_jax.training.update import MetaStep
 
+Part = Literal["updates", "reference", "correctness", "bfloat16", "walk"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to run."""
 
     out: Path = Path("gpu_check.json")  # results
-    minutes: float = 9.0  # all of it, training included
+    minutes: float = 5.0  # all of it, roughly
     updates: int = 40  # timed meta-batches at most
-    small: bool = False  # narrow networks and small images: a rehearsal in a minute or two
-    dataset: str = "digits"  # to train on: digits, cifar10
-    data_dir: str | None = None  # folder of TFDS datasets
-    checkpoints: Path = Path("runs/gpu_check")  # what is trained is saved there
-    train: bool = True  # for the minutes that are left
-    profile: Path | None = None  # folder for the profiles of three updates; not kept if not given
+    preset: str = "ghn2"  # of ghn-train; demo: a rehearsal in a minute or two
+    parts: tuple[Part, ...] = typing.get_args(Part)  # what to run, in this order
+    profile: Path | None = None  # folder for the profiles of two updates; not kept if not given
     reference: Path | None = None  # the authors' code, a checkout of facebookresearch/ppuda
     cache_dir: Path | None = None  # compiled programs; none are kept if not given
 
@@ -109,44 +107,12 @@ def about() -> dict:
     }
 
 
-_PHASES = {
-    "/jax/core/compile/jaxpr_trace_duration": "tracing",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
-    "/jax/core/compile/backend_compile_duration": "XLA",
-}
-
-
-class Phases(dict):
-    """Thread-seconds of making programs, by phase; a thread of its own prints them now and then."""
-
-    def __init__(self, programs: Programs, every: float = 10.0):
-        super().__init__(dict.fromkeys(_PHASES.values(), 0.0))
-        self._lock = threading.Lock()
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        threading.Thread(target=self._print, args=(programs, every), daemon=True).start()
-
-    def _listen(self, event: str, duration: float, **_) -> None:
-        if event in _PHASES:
-            with self._lock:
-                self[_PHASES[event]] += duration
-
-    def _print(self, programs: Programs, every: float) -> None:
-        start = time.perf_counter()
-        while True:
-            time.sleep(every)
-            seconds = ", ".join(f"{name} {s:.0f}" for name, s in self.items())
-            print(
-                f"[{time.perf_counter() - start:.0f} s: {programs.made} of {len(programs)} "
-                f"programs; thread-seconds: {seconds}]", flush=True,
-            )  # fmt: skip
-
-
 class Case:
     """The meta-batches that are run."""
 
-    def __init__(self, small: bool, nets: Path | None = None):
-        config = preset("demo" if small else "ghn2")
-        self.config, self.size = config, 16 if small else 32
+    def __init__(self, name: str, nets: Path | None = None):
+        config = preset(name)
+        self.config, self.size = config, 16 if config.data.dataset == "digits" else 32
         self.ghn: GHN = config.ghn(Task(10, self.size))
         self.rules = config.space.rules(self.size)
         self.nets = nets and DeepNets1M.open(
@@ -389,171 +355,43 @@ def theirs(case: Case, options: Options, nets: Path, updates: dict, count: int) 
     }
 
 
-def calls() -> dict:
-    """Microseconds of the host for a call of a program, and of the device for one after another."""
-    found = {}
-    for count in (1, 12):
-        arrays = [jnp.ones((64, 32, 32, 32))] + [jnp.ones((3, 3, 32, 32))] * (count - 1)
-        jitted = jax.jit(lambda *a: tuple(x + 1.0 for x in a))
-        compiled = jitted.lower(*arrays).compile()
-        for name, function in (("jit", jitted), ("compiled", compiled)):
-            jax.block_until_ready(function(*arrays))
-            start = time.perf_counter()
-            for _ in range(1000):
-                out = function(*arrays)
-            host = time.perf_counter() - start
-            jax.block_until_ready(out)
-            whole = time.perf_counter() - start
-            found[f"{name}, {count} arrays"] = {"host_us": 1e3 * host, "whole_us": 1e3 * whole}
-    return found
-
-
-# Of XLA's options on GPUs, in place of ours (`compilation.program_options`).
-_GPU_VARIANTS = {
-    "with Triton": {"xla_gpu_autotune_level": "0"},
-    "level 1": {"xla_gpu_autotune_level": "1"},
-    "no CUDA graphs": {
-        "xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False,
-        "xla_gpu_graph_min_graph_size": "1000000",
-    },
-}  # fmt: skip
-
-
-def compile_options(case: Case, phases: Phases, networks: int, report) -> dict:
-    """Some networks' programs compiled from nothing with XLA's options one way and another."""
-    form, batch = Tiles(case.ghn), next(case.stream().batches(0))
-    plans, size = batch.plans[:networks], case.config.data.batch_size
-    images = jnp.asarray(case.images(size)[0])
-    found = {}
-    device = jax.local_devices()[0]
-    variants = _GPU_VARIANTS if device.platform == "gpu" else {}
-    variants = {"ours": program_options(device), **variants, "XLA's own": {}}
-    for name, extra in variants.items():
-        options = known_options(extra)
-        if options != extra:
-            continue
-        engine, before = Engine(options=options), dict(phases)
-        start = time.perf_counter()
-        prepared = [engine.prepare(plan, size, form, gradient=True) for plan in plans]
-        engine.programs.wait()
-        seconds = time.perf_counter() - start
-        weights = [
-            {
-                n: tuple(0.05 * jnp.ones(s) for s in shapes)
-                for step in plan.steps
-                for n, shapes in zip(step.names, form.shapes(step.unit), strict=True)
-            }
-            for plan in plans
-        ]
-        dlogits, runs = jnp.ones((size, 10)) / size, []
-        for _ in range(6):
-            begin = time.perf_counter()
-            for network, own in zip(prepared, weights, strict=True):
-                _, trace = engine.forward(network, own, images, keep=True)
-                out = engine.backward(network, own, trace, dlogits)
-            jax.block_until_ready(out)
-            runs.append(time.perf_counter() - begin)
-        found[name] = {
-            "programs": len(engine.programs), "compile_seconds": seconds,
-            "run_seconds": statistics.median(runs[1:]), "first_run_seconds": runs[0],
-            "thread_seconds": {k: phases[k] - before[k] for k in phases},
-        }  # fmt: skip
-        report(found)
-        engine.programs.close()
-    return {"networks": len(plans), "of": found}
-
-
-def train(options: Options, programs: Programs, deadline: float, results: Results) -> dict:
-    """Trains until the deadline; saves what it has every minute."""
-    images = load_images(options.dataset, "train", data_dir=options.data_dir)
-    config = preset("demo" if images.image_size < 32 else "ghn2")
-    ghn, rules = config.ghn(images.task), config.space.rules(images.image_size)
-    step = MetaStep(ghn, config.optimiser.make(10_000, 3_000_000), programs=programs)
-    stream = Stream(
-        ghn, lambda i: sample_architecture("train", 0, i, rules=rules), config.space.meta_batch,
-        images.image_size, graph_nodes=config.space.graph_nodes,
-    )  # fmt: skip
-    checkpoints = Checkpoints(options.checkpoints)
-    checkpoints.write_config(ghn, training={"preset": config.preset}, image_size=images.image_size)
-    state, saved, found = step.init(0), time.perf_counter(), []
-    ahead = (step.prepare(batch, config.data.batch_size) for batch in stream.batches(0))
-    with (
-        closing(step),
-        closing(prefetch(ahead, size=8)) as prepared,
-        closing(prefetch(train_batches(images, config.data.batch_size, seed=0))) as batches,
-    ):
-        start = time.perf_counter()
-        while not found or time.perf_counter() < deadline:
-            update = next(prepared)
-            state, metrics = step(state, update, *next(batches))
-            found.append(metrics)
-            if time.perf_counter() > saved + 60 or time.perf_counter() >= deadline:
-                saved = time.perf_counter()
-                training = (state.opt_state, state.step)
-                checkpoints.save(
-                    int(state.step), update.batch.position, params=state.params, training=training
-                )
-                last = jax.device_get(found[-100:])
-                results.add(
-                    "training",
-                    {
-                        "dataset": options.dataset,
-                        "updates": len(found),
-                        "seconds": saved - start,
-                        "loss_of_last_100": float(np.mean([m.loss for m in last])),
-                        "top1_of_last_100": float(np.mean([m.top1 for m in last])),
-                    },
-                )
-    return results.data["training"]
-
-
 def main(options: Options) -> int:
     """Runs all parts; the exit code says whether any failed."""
     start = time.perf_counter()
-    deadline = start + 60 * options.minutes
     if options.cache_dir is not None:
         keep_programs(options.cache_dir)
     results, failed = Results(options.out), 0
     results.add("about", about())
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, closing(Programs()) as programs:
         nets = None
         if options.reference is not None:
             export("train", Path(folder), num=16 * options.updates)
             nets = Path(folder) / "deepnets1m_train.hdf5"
-        case = Case(options.small, nets)
-        share = 60 * options.minutes  # of the time, a part each
-        programs = Programs()
-        phases = Phases(programs)
+        case = Case(options.preset, nets)
 
-        def timed(name: str, dtype: str, part: float):
-            return updates(
-                case, options, programs, dtype, part * share, lambda x: results.add(name, x)
-            )
+        def timed(dtype: str, share: float) -> dict:
+            name = "updates" if dtype == "float32" else dtype
+            seconds = 60 * options.minutes * share
+            return updates(case, options, programs, dtype, seconds, lambda x: results.add(name, x))
 
-        parts = {"updates": lambda: timed("updates", "float32", 0.2)}
-        if nets is not None:
-            parts["reference"] = lambda: theirs(case, options, nets, results.data["updates"], 5)
-        parts |= {
+        parts = {
+            "updates": lambda: timed("float32", 0.3),
+            "reference": lambda: theirs(case, options, nets, results.data["updates"], 3),
             "correctness": lambda: correctness(case, programs, 2),
-            "updates_bfloat16": lambda: timed("updates_bfloat16", "bfloat16", 0.06),
-            "calls": calls,
+            "bfloat16": lambda: timed("bfloat16", 0.15),
             "walk": lambda: walk(case),
-            "compile_options": lambda: compile_options(
-                case, phases, 1, lambda x: results.add("compile_options", x)
-            ),
         }
-        if options.train:
-            parts["training"] = lambda: train(options, programs, deadline, results)
-        for name, part in parts.items():
+        for name in options.parts:
+            if name == "reference" and nets is None:
+                continue
             try:
                 begin = time.perf_counter()
-                value = part()
+                value = parts[name]()
                 results.add(name, {**value, "part_seconds": round(time.perf_counter() - begin, 1)})
                 failed += value.get("passed") is False
             except Exception:  # the next part may still say something
                 failed += 1
                 results.add(name, {"error": traceback.format_exc()[-2000:]})
-        programs.close()
     results.add("seconds", round(time.perf_counter() - start, 1))
     return 1 if failed else 0
 
