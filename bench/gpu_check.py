@@ -57,7 +57,7 @@ from ghn_jax.engine.programs import Programs
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.training.config import preset
 from ghn_jax.training.decoding import Tiles
-from ghn_jax.training.mesh import make_mesh
+from ghn_jax.training.mesh import make_mesh, networks_at_once
 from ghn_jax.training.meta_batch import Stream, make_meta_batch
 from ghn_jax.training.update import MetaStep
 
@@ -210,7 +210,8 @@ def updates(
             dtype=jnp.dtype(dtype), programs=programs,
         )  # fmt: skip
 
-    start, found = time.perf_counter(), {"dtype": dtype, "workers": 2 if cpu else 1}
+    start, found = time.perf_counter(), {"dtype": dtype}
+    found["workers"] = networks_at_once(None, make_mesh())
     with closing(make(found["workers"])) as step:
         state, ran, known, host, whole = step.init(0), [], len(programs), [], []
         ahead = (step.prepare(batch, size) for batch in case.stream().batches(0))

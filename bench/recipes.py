@@ -1,7 +1,7 @@
 """Ways to train a hypernetwork beside each other: what reaches the most on unseen networks.
 
     python bench/recipes.py                                   # the demonstration's, on digits
-    python bench/recipes.py --changes none average --seeds 5
+    python bench/recipes.py --changes none average --seeds 0 1 2
     python bench/recipes.py --preset ghn2-cifar10-small --data-dir DIR --changes gatedgnn graphormer
 
 Every way and seed makes the same number of updates; accuracies of unseen networks are measured
@@ -70,7 +70,7 @@ class Options:
     preset: str = "demo"  # of ghn-train, which changes are made to
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
     steps: int = 1500  # updates of each
-    seeds: int = 5
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     points: int = 6  # of a learning curve
     nets: int = 50  # unseen networks at the end
     out: Path = Path("runs/bench/recipes")  # folder for hypernetworks and what was measured
@@ -137,7 +137,7 @@ def main(options: Options) -> None:
     settings = {k: getattr(options, k) for k in ("preset", "steps", "points", "nets")}
     records = Records.open(options.out, settings)
     with closing(Programs()) as programs:
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             for change in options.changes:
                 name = f"{change} {seed}"
                 if name not in records:

@@ -4,11 +4,16 @@ cuDNN has many ways to a convolution. XLA finds out which is fast by trying all 
 compiles, for longer than most programs here ever run; untried it takes the first, which is slower
 by two orders of magnitude. cuBLAS chooses by itself. So dense convolutions are products of patches,
 and depthwise ones sums of shifted products, which XLA makes one kernel of.
+
+A kernel's gradient is a product of few rows and columns that sums over all positions of all images.
+cuBLAS gives such a product to one of a hundred multiprocessors; here groups of images make products
+of their own, which are then added up.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -40,15 +45,45 @@ def _shifted(
     ]
 
 
+_BLOCKS = 128  # that a GPU runs at once, roughly
+_TILE = 64  # rows and columns of a product that a block makes
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """(B, H, W, K) @ (K, N)."""
+    return x @ w
+
+
+def _product_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _product_backward(residuals, g):
+    x, w = residuals
+    tiles = math.prod(math.ceil(n / _TILE) for n in w.shape)
+    groups = math.gcd(len(x), 1 << int(math.log2(max(1, _BLOCKS // tiles))))
+    parts = jnp.einsum(
+        "gik,gin->gkn",
+        x.reshape(groups, -1, x.shape[-1]),
+        g.reshape(groups, -1, g.shape[-1]),
+        preferred_element_type=jnp.float32,
+    )
+    return g @ w.T, parts.sum(0).astype(w.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 def conv(x: jax.Array, w: jax.Array, strides: tuple[int, int]) -> jax.Array:
     """See `layers.conv`."""
     patches = jnp.concatenate(_shifted(x, w.shape[:2], strides), -1)
-    return patches @ w.reshape(-1, w.shape[-1])
+    return _product(patches, w.reshape(-1, w.shape[-1]))
 
 
 def pointwise(parts: Sequence[jax.Array | None], w: jax.Array, stride: int) -> jax.Array:
     """See `layers.pointwise`."""
-    return concatenate(parts)[:, ::stride, ::stride] @ w[0, 0]
+    return _product(concatenate(parts)[:, ::stride, ::stride], w[0, 0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

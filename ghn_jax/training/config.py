@@ -157,7 +157,7 @@ class RunConfig:
     validate_every: int | None = None  # updates between points of the learning curve; default: none
     validate_nets: int = 4  # networks, never trained on, whose accuracies a point is the mean of
     tensorboard: bool = False  # write the curves for TensorBoard as well, in `out`/tensorboard
-    workers: int = 2  # architectures that run at once on a CPU, where it is one device
+    workers: int | None = None  # architectures at once; default: 2, on a GPU or TPU 4
     mesh: str | None = None  # arch=ROWS,data=COLUMNS of devices; default: all on arch
     coordinator: str | None = None  # HOST:PORT of process 0, or auto (Slurm, MPI, GKE, Cloud TPU)
     process_id: int | None = None  # this process, from 0, with a coordinator given by hand

@@ -23,7 +23,7 @@ from ghn_jax.hypernet.ghn import GHN, count_parameters
 from ghn_jax.training.architectures import architecture_source
 from ghn_jax.training.config import TrainConfig
 from ghn_jax.training.log import BAD_UPDATES, Log, Validated
-from ghn_jax.training.mesh import ARCH, DATA, make_mesh, parse_mesh
+from ghn_jax.training.mesh import ARCH, DATA, make_mesh, networks_at_once, parse_mesh
 from ghn_jax.training.meta_batch import Stream
 from ghn_jax.training.run_folder import check_not_anothers, check_same, differences, lock
 from ghn_jax.training.stopping import NOTHING, SAVE, STOP, Listener, Stopped
@@ -195,8 +195,6 @@ def new_run(config: TrainConfig, images: Images, programs: Programs | None = Non
     _check_size(ghn)
     per_epoch = steps_per_epoch(images, config.data.batch_size)
     total = config.data.steps or config.data.epochs * per_epoch
-    # A CPU that is one device runs several networks at once.
-    shared = jax.default_backend() == "cpu" and mesh.shape[DATA] == 1
     step = MetaStep(
         ghn,
         config.optimiser.make(per_epoch, total),
@@ -205,7 +203,7 @@ def new_run(config: TrainConfig, images: Images, programs: Programs | None = Non
         norm_penalty=config.optimiser.norm_penalty,
         average=config.optimiser.average,
         seed=config.run.seed,
-        workers=config.run.workers if shared else 1,
+        workers=networks_at_once(config.run.workers, mesh),
         dtype=config.run.dtype,
         shard=mesh.size > 1 and count_parameters(ghn) >= SHARD_FROM,
         programs=programs,

@@ -79,6 +79,21 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array([*rows.values()], dtype=object), (ARCH, DATA))
 
 
+def networks_at_once(workers: int | None, mesh: Mesh) -> int:
+    """How many networks of a meta-batch run at once, each called by a thread of its own.
+
+    On a CPU they use its cores. On a GPU or TPU the calls take longer than the device's work.
+    Where devices share images there is one at a time: all devices must meet them in one order.
+
+    Args:
+      workers: what the user wants; None for what is fast.
+      mesh: from `make_mesh`.
+    """
+    if mesh.shape[DATA] > 1:
+        return 1
+    return workers or (2 if mesh.devices.flat[0].platform == "cpu" else 4)
+
+
 def join_processes(
     coordinator: str | None, process_id: int | None, num_processes: int | None
 ) -> None:

@@ -32,7 +32,7 @@ from ghn_jax.evaluation.module_training import ModuleTraining
 from ghn_jax.evaluation.networks import by_name, module_of
 from ghn_jax.evaluation.recipe import Recipe
 from ghn_jax.training.config import PRESETS, TrainConfig, demo, preset
-from ghn_jax.training.mesh import DATA, make_mesh
+from ghn_jax.training.mesh import DATA, make_mesh, networks_at_once
 from ghn_jax.training.meta_batch import Stream
 from ghn_jax.training.update import MetaStep
 
@@ -163,11 +163,9 @@ def _of_hypernetwork(config: Config, model: str, meta_batch: int, bar: tqdm) -> 
         max_nodes=options.space.max_nodes,
     )  # fmt: skip
     counter, began = CompilationCounter(), time.perf_counter()
-    # As `training.loop.setup`: a CPU that is one device runs several networks at once.
-    shared = jax.default_backend() == "cpu" and mesh.shape[DATA] == 1
     step = MetaStep(
         ghn, options.optimiser.make(1000, 300_000), mesh=mesh, seed=config.seed,
-        workers=options.run.workers if shared else 1, dtype=options.run.dtype,
+        workers=networks_at_once(options.run.workers, mesh), dtype=options.run.dtype,
     )  # fmt: skip
     with closing(step):
         state, prepared, prepare_seconds = step.init(config.seed), [], []
