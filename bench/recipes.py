@@ -25,12 +25,8 @@ from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Programs
 from ghn_jax.evaluation.accuracy import summary
 from ghn_jax.evaluation.experiments.records import Records
-from ghn_jax.evaluation.experiments.trained_ghns import UNSEEN, evaluate, unseen_networks
-from ghn_jax.evaluation.validation import load_validation
-from ghn_jax.hypernet.checkpoint import Checkpoints
-from ghn_jax.hypernet.ghn import count_parameters
+from ghn_jax.evaluation.experiments.trained_ghns import UNSEEN, evaluate, train_ghn, unseen_networks
 from ghn_jax.training.config import TrainConfig, preset
-from ghn_jax.training.loop import check, train
 
 # Name -> options that differ from the preset's.
 CHANGES: dict[str, dict] = {
@@ -92,22 +88,13 @@ def config_of(options: Options, change: str, seed: int) -> TrainConfig:
 
 def measure(config: TrainConfig, images, test, nets: int, programs: Programs) -> dict:
     """Trains a hypernetwork, or goes on, and evaluates it."""
-    latest = Checkpoints(config.run.out).latest()
-    if latest is None or latest < (config.data.steps or 0):
-        config = config.replace(resume=latest is not None)
-        check(config)
-        train(config, images, load_validation(config), programs)
+    trained = train_ghn(config, images, programs)
     lines = (config.run.out / "metrics.jsonl").read_text().splitlines()
-    updates = [json.loads(line) for line in lines]
-    typical = statistics.median(u["seconds"] for u in updates[len(updates) // 2 :])
-    curve = [(u["step"], u["val_top1"]) for u in updates if "val_top1" in u]
+    curve = [(u["step"], u["val_top1"]) for u in map(json.loads, lines) if "val_top1" in u]
     found: list[dict] = []
     networks = [n for n in unseen_networks(config, nets, (), images.image_size) if n[0] == UNSEEN]
     evaluate(config, networks, test, Engine(programs=programs), found.append)
-    return {
-        "parameters": count_parameters(Checkpoints(config.run.out).ghn()),
-        "seconds": typical, "curve": curve, "top1": summary(found)[0],
-    }  # fmt: skip
+    return {**trained, "curve": curve, "top1": summary(found)[0]}
 
 
 def table(records: list[dict]) -> str:

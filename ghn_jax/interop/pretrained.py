@@ -51,28 +51,32 @@ def _holds(path: Path) -> bool:
     return first.startswith(b"PK") or is_joblib(path) or is_safetensors(path)
 
 
-def _from_folder(path: Path) -> tuple[GHN, dict]:
+def _locate(source: str | Path) -> Path:
+    """The folder of ours or the file that a source stands for; see `from_pretrained`."""
+    path = Path(source)
     if (path / CONFIG).is_file():
-        return load_ghn(path)
-    files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
-    if len(files) == 1:
-        return from_pretrained(files[0])
-    held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-    problem = "several checkpoints" if files else "no hypernetwork"
-    raise ValueError(
-        f"{path} holds {problem}, but {held}; allowed: a folder of save_ghn or of a training run, "
-        "or one with a single checkpoint"
-    )
+        return path
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+        if len(files) == 1:
+            return files[0]
+        held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        problem = "several checkpoints" if files else "no hypernetwork"
+        raise ValueError(
+            f"{path} holds {problem}, but {held}; allowed: a folder of save_ghn or of a training "
+            "run, or one with a single checkpoint"
+        )
+    if path.is_file():
+        return path
+    if str(source) in available():
+        return _SHIPPED / f"{source}.safetensors"
+    names = f", or a name: {', '.join(available())}" if available() else ""
+    raise FileNotFoundError(f"{path} does not exist; give a folder or a checkpoint{names}")
 
 
 def available() -> list[str]:
     """Names of the hypernetworks that come with the package, which `from_pretrained` takes."""
     return sorted(path.stem for path in _SHIPPED.glob("*.safetensors"))
-
-
-def shipped(name: str) -> Path | None:
-    """The file of a hypernetwork that comes with the package, None if there is none of the name."""
-    return _SHIPPED / f"{name}.safetensors" if name in available() else None
 
 
 def about(source: str | Path) -> dict[str, Any]:
@@ -84,8 +88,8 @@ def about(source: str | Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError, ValueError: as `from_pretrained`.
     """
-    path = shipped(str(source)) or Path(source)
-    if (path / CONFIG).is_file():
+    path = _locate(source)
+    if path.is_dir():
         return {k: v for k, v in Checkpoints(path).config().items() if k != "ghn"}
     return read_about(path) if is_ghn_file(path) else {}
 
@@ -105,15 +109,9 @@ def from_pretrained(source: str | Path) -> tuple[GHN, dict]:
       FileNotFoundError: there is nothing there.
       ValueError: it holds no hypernetwork; the message says what it looks like.
     """
-    path = Path(source)
+    path = _locate(source)
     if path.is_dir():
-        return _from_folder(path)
-    if not path.is_file():
-        known = shipped(str(source))
-        if known is not None:
-            return read_ghn_file(known)
-        names = f", or a name: {', '.join(available())}" if available() else ""
-        raise FileNotFoundError(f"{path} does not exist; give a folder or a checkpoint{names}")
+        return load_ghn(path)
     if not _holds(path):
         raise ValueError(
             f"{path} looks like {looks_like(path)}; allowed: a folder of save_ghn or of a training "

@@ -70,7 +70,7 @@ class SpaceConfig:
 class ModelConfig:
     """The hypernetwork (§ 4, B); the attributes of `hypernet.ghn.GHN`."""
 
-    init: Path | None = None  # hypernetwork to go on from: a folder; its options are taken, too
+    init: Path | None = None  # hypernetwork to go on from: folder, file or name; with its options
     encoder: str = "gatedgnn"  # or graphormer (GHN-3), or mlp: no messages between nodes
     decoder: str = "conv"  # or lowrank, lowrank_1d (LoGAH), or mlp: that of vanilla GHNs
     features: int = 32  # numbers of a node's state (d)

@@ -18,7 +18,7 @@ from ghn_jax.data.images import Images, prefetch, steps_per_epoch, train_batches
 from ghn_jax.engine.compilation import CompilationCounter
 from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Programs
-from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
+from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.hypernet.ghn import GHN, count_parameters
 from ghn_jax.training.architectures import architecture_source
 from ghn_jax.training.config import TrainConfig
@@ -186,7 +186,7 @@ def new_run(config: TrainConfig, images: Images, programs: Programs | None = Non
     if config.run.resume and not config.run.override:
         ghn = checkpoints.ghn()
     elif config.model.init is not None:
-        ghn, trained = load_ghn(config.model.init)
+        ghn, trained = GHN.from_pretrained(config.model.init)
         if ghn.num_classes != images.num_classes:
             raise ValueError(
                 f"--init is {config.model.init}, a hypernetwork for {ghn.num_classes} classes, but "

@@ -14,6 +14,7 @@ from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Programs
 from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
 from ghn_jax.evaluation.networks import Named, of_split
+from ghn_jax.evaluation.validation import load_validation
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.hypernet.ghn import count_parameters
 from ghn_jax.training.config import TrainConfig
@@ -28,6 +29,8 @@ _OUT_OF_DISTRIBUTION = ("wide", "deep", "dense", "bnfree", UNSEEN_BNFREE)
 def train_ghn(config: TrainConfig, images: Images, programs: Programs) -> dict:
     """Trains a hypernetwork, or goes on with what there is in its folder; see `loop.train`.
 
+    Accuracies along the run are measured where `--validate-every` says so.
+
     Returns:
       Its number of `parameters`, and of its training: `steps`, `seconds` (median of an update, in
       the second half) and `train_top1` (mean of the last tenth of updates).
@@ -40,7 +43,8 @@ def train_ghn(config: TrainConfig, images: Images, programs: Programs) -> dict:
     if latest is None or latest < (config.data.steps or np.inf):
         config = config.replace(resume=latest is not None)
         check(config)
-        train(config, images, programs=programs)
+        validate = load_validation(config) if config.run.validate_every else None
+        train(config, images, validate, programs)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     updates = [json.loads(line) for line in lines]
     return {

@@ -43,7 +43,7 @@ from ghn_jax.evaluation.network_training import NetworkTraining
 from ghn_jax.evaluation.networks import Named, by_name, module_of, of_file, of_split
 from ghn_jax.evaluation.recipe import Recipe
 from ghn_jax.files.tensors import write_tensors
-from ghn_jax.hypernet.checkpoint import load_ghn
+from ghn_jax.hypernet.ghn import GHN
 
 NEVER = 2.0  # convergence of a network that did not, as in the authors' results
 
@@ -271,7 +271,7 @@ def run(config: Config) -> list[dict]:
         run_units(run, config, config.start, config.start + len(todo))
         return _finish(config, todo, Records.open(config.out, settings(config)))
     tests = {part: _images(config, part) for part in ("val", "test")}
-    ghn = None if config.ckpt is None else load_ghn(config.ckpt)
+    ghn = None if config.ckpt is None else GHN.from_pretrained(config.ckpt)
     missing = [(name, network) for name, network in todo if name not in records]
     engine = Engine()
 
