@@ -1,9 +1,10 @@
 # `make demo` and `make test` set up a virtual environment in .venv first, once.
 PYTHON ?= python3
 VENV ?= .venv
+MINUTES ?= 10
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-mesh test-slurm test-endurance test-damage test-browser docs gpu-check lint clean
+.PHONY: demo test test-mesh test-slurm test-endurance test-damage test-browser docs gpu-check gpu-train lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py --out runs/demo
@@ -40,6 +41,11 @@ test-browser: $(VENV)/.installed-test
 # The engine on an accelerator, five minutes: is it right, and how fast? Writes gpu_check.json.
 gpu-check:
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu_check.py $(ARGS)
+
+# Ten minutes of the paper's training, for machines that are lent in pieces; again, it goes on.
+gpu-train:
+	PYTHONPATH=. timeout --signal TERM $(MINUTES)m $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) \
+	  train/train_ghn.py --preset ghn2 --out runs/gpu --resume auto $(ARGS) || test $$? = 124
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
