@@ -90,13 +90,13 @@ def training_curve(
     panels = figure.subplots(2, 1, sharex=True)
     for axes, name, color in zip(panels, ("loss", "top1"), (_LOSS, _PREDICTED), strict=True):
         values = metrics[name]
-        axes.plot(step, values, color=color, alpha=0.3, linewidth=0.7, label="each step", gid="raw")
+        axes.plot(step, values, color=color, alpha=0.3, linewidth=0.7, label="each update", gid="raw")
         axes.plot(
             step,
             _running_mean(values, window),
             color=color,
             linewidth=1.8,
-            label=f"mean of the last {window} steps",
+            label=f"mean of the last {window} updates",
             gid="mean",
         )
         tidy(axes)
@@ -118,7 +118,7 @@ def training_curve(
         panels[0].set_yscale("log")  # a few steps that blew up would flatten all the rest
     panels[0].set_ylabel("training loss")
     panels[0].legend(frameon=False)
-    panels[1].set(xlabel="step", ylabel="training accuracy")
+    panels[1].set(xlabel="update", ylabel="training accuracy")
     panels[1].yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[1].set_ylim(bottom=0)
     panels[1].legend(frameon=False)
