@@ -47,6 +47,7 @@ CHANGES: dict[str, dict] = {
     "clip 1": {"clip": 1.0},
     "no virtual edges": {"virtual_edges": 1},
     "wider": {"features": 64},
+    "graphormer, 32": {"encoder": "graphormer", "features": 32, "heads": 4},
     **{
         f"graphormer{name}": {"encoder": "graphormer", "features": 28, "heads": 4, **more}
         for name, more in {

@@ -393,10 +393,11 @@ def files(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "ghn3"], "preset is 'ghn3'; allowed: ghn2, ghn1, mlp, demo"),
+        (["--preset", "ghn3"], "preset is 'ghn3'; allowed: ghn2, ghn1, mlp, "),
         (["--steps", "0"], "--steps is 0; allowed: 1 or more"),
         (["--meta-batch", "0"], "--meta-batch is 0; allowed: 1 or more"),
         (["--features", "0"], "--features is 0; allowed: 1 or more"),
+        (["--features", "30"], "features is 30; allowed: multiples of 4"),
         (["--dataset", "mnist"], "mnist.*cifar10"),
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "'/nowhere', which does not exist"),
         (["--nets", "/nowhere/nets.hdf5"], "nets.hdf5"),

@@ -284,6 +284,11 @@ def check_choices(ghn: GHN) -> None:
             raise ValueError(
                 f"{field} is {getattr(ghn, field)!r}; allowed: {', '.join(map(repr, known))}"
             )
+    if ghn.shape_encoding and ghn.features % 4:
+        raise ValueError(
+            f"features is {ghn.features}; allowed: multiples of 4, a quarter of them for each of a "
+            "shape's sizes; or without shape_encoding"
+        )
     for field in ("stack", "rounds"):
         if getattr(ghn, field) < 1:
             raise ValueError(f"{field} is {getattr(ghn, field)}; allowed: 1 or more")

@@ -90,7 +90,9 @@ def training_curve(
     panels = figure.subplots(2, 1, sharex=True)
     for axes, name, color in zip(panels, ("loss", "top1"), (_LOSS, _PREDICTED), strict=True):
         values = metrics[name]
-        axes.plot(step, values, color=color, alpha=0.3, linewidth=0.7, label="each update", gid="raw")
+        axes.plot(
+            step, values, color=color, alpha=0.3, linewidth=0.7, label="each update", gid="raw"
+        )
         axes.plot(
             step,
             _running_mean(values, window),

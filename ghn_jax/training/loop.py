@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from ghn_jax.data.images import Images, prefetch, steps_per_epoch, train_batches
+from ghn_jax.deepnets1m.task import Task
 from ghn_jax.engine.compilation import CompilationCounter
 from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Programs
@@ -67,6 +68,7 @@ def check(config: TrainConfig) -> None:
             f"{space.nets} are trained on; leave one out"
         )
     _check_ranges(config)
+    config.ghn(Task())  # of any task: raises for choices that do not go together
     shape = make_mesh().shape
     for axis, size in (parse_mesh(run.mesh) if run.mesh else {}).items():
         if shape[axis] != size:
