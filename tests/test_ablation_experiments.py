@@ -28,7 +28,6 @@ def folder(tmp_path_factory):
             trained_ghns, "sample_architecture",
             lambda *_, rules: ARCH if rules.norm == "always" else ARCH.replace(norm=None),
         )  # fmt: skip
-        patch.setattr(ablations, "MOST_PARAMETERS", 10**8)
         options = ["--quick", "--steps", "2", "--unseen", "2", "--out"]
         rows = ["--rows", "bm1", "bm1-longer", "bm1-no-tiling-mlp-decoder"]
         paper.main(["table8", *options, str(folder / "ablations"), *rows])

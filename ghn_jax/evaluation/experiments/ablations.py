@@ -82,6 +82,7 @@ class Config:
     steps: int | None = None  # updates of a row, but for the longer one; default: the preset's
     splits: tuple[str, ...] = ("test", "wide", "deep", "dense", "bnfree", "predefined")
     unseen: int | None = None  # evaluate on so many networks of the training rules, not on splits
+    most_parameters: int = MOST_PARAMETERS  # rows with more are counted and not trained
     seed: int = 0  # of training
     out: Path = Path("runs/ablations")  # folder for hypernetworks, records and tables
 
@@ -89,7 +90,7 @@ class Config:
 def quick() -> Config:
     """200 updates of each row on digits: minutes on two cores."""
     return Config(preset="demo", dataset="digits", steps=200, unseen=5,
-                  out=Path("runs/quick/ablations"))  # fmt: skip
+                  most_parameters=10**7, out=Path("runs/quick/ablations"))  # fmt: skip
 
 
 def training(config: Config, row: str) -> TrainConfig:
@@ -114,7 +115,7 @@ def run(config: Config) -> list[dict]:
     networks = unseen_networks(
         preset(config.preset), config.unseen, config.splits, images.image_size
     )
-    without = ("rows", "data_dir", "splits", "unseen", "out")
+    without = ("rows", "data_dir", "splits", "unseen", "most_parameters", "out")
     records, engine = (
         Records.open(config.out, describe("ablations", config, without=without)),
         Engine(),
@@ -124,7 +125,7 @@ def run(config: Config) -> list[dict]:
         bar.set_postfix_str(row)
         if row not in records:
             count = count_parameters(how.ghn(images.task))
-            record = {"name": row, "parameters": count, "refused": count > MOST_PARAMETERS}
+            record = {"name": row, "parameters": count, "refused": count > config.most_parameters}
             records.add(
                 record
                 if record["refused"]
