@@ -19,6 +19,7 @@ from ghn_jax.evaluation.accuracy import evaluate_ghn, random_parameters
 from ghn_jax.evaluation.experiments import (
     few_shot,
     predicted_networks,
+    regression,
     search,
     trained_networks,
 )
@@ -428,6 +429,18 @@ def test_properties_by_the_command(tmp_path, capsys):
         assert (out / name).stat().st_size > 100
     with pytest.raises(ValueError, match="nowhere is no folder"):
         paper.main(["properties", "--fit", "nowhere"])
+    few = Records.open(tmp_path / "few", {})
+    for record in list(trained.values())[:18]:
+        few.add(record)
+    with pytest.raises(ValueError, match="9 networks to fit to; allowed: 10 or more"):
+        paper.main(
+            ["properties", "--fit", str(tmp_path / "few"), "--test", "--out", str(out / "x")]
+        )
+    assert not (out / "x").exists()
+
+
+def test_quick_properties_have_networks_enough():
+    assert trained_networks.quick().stop // 2 >= 2 * regression.FOLDS
 
 
 def test_nasbench201_by_its_command(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from ghn_jax.evaluation.experiments.records import (
     write_beside,
 )
 from ghn_jax.evaluation.experiments.regression import (
+    FOLDS,
     Result,
     correlations,
     predict_property,
@@ -255,6 +256,11 @@ def run(config: Config) -> list[dict]:
     fit, test = _records(config.fit), _records(config.test)
     if not config.test:
         fit, test = fit[: len(fit) // 2], fit[len(fit) // 2 :]
+    if len(fit) < 2 * FOLDS:
+        raise ValueError(
+            f"{len(fit)} networks to fit to; allowed: {2 * FOLDS} or more, and without --test half "
+            "of those that --fit has; train more with ghn-paper trained-networks"
+        )
     settings = describe("properties", config, without=("out", "neupred_runs"))
     records = Records.open(config.out, {**settings, "networks": [len(fit), len(test)]})
     for record in predict_properties(
