@@ -265,7 +265,7 @@ def one_record(**values) -> dict:
     return {"image": image, "label": 0, "id": b"0", **values}
 
 
-def test_the_version_and_the_configuration_are_chosen_by_name(tmp_path):
+def test_the_version_and_the_configuration_are_chosen_by_name(tmp_path, monkeypatch):
     features = {"image": image_feature(SIZE, SIZE, 3), "label": label_feature(2)}
     for name, version, count in (("a", "1.0.0", 20), ("a", "2.0.0", 30), ("b/x", "1.0.0", 40)):
         rows = [one_record(label=i % 2) for i in range(count)]
@@ -284,6 +284,10 @@ def test_the_version_and_the_configuration_are_chosen_by_name(tmp_path):
     for place in (tmp_path / "a", tmp_path / "a" / "1.0.0"):
         with pytest.raises(FileNotFoundError, match=f"that a is in: data_dir='{tmp_path}'"):
             load_images("tfds:a", "train", data_dir=place)
+    for place in (tmp_path / "b", tmp_path / "b" / "x", tmp_path / "b" / "x" / "1.0.0"):
+        monkeypatch.chdir(place)
+        with pytest.raises(FileNotFoundError, match=f"that b is in: data_dir='{tmp_path}'"):
+            load_images("tfds:b", "train", data_dir=".")
     (tmp_path / "up").mkdir()
     (tmp_path / "a").rename(tmp_path / "up" / "a")
     with pytest.raises(FileNotFoundError, match=f"is in: data_dir='{tmp_path}/up'"):

@@ -94,7 +94,8 @@ def test_published_genotypes_are_read():
         ("DARTS", "'genotype' is 'DARTS'; allowed: a mapping or a namedtuple with normal"),
         ({"normal": cell}, "'genotype.normal_concat' is missing"),
         (Published([cell, [("conv_1x1",)]], [2], cell, [2]), "genotype.normal"),
-        (Published([[], []], [2], cell, [2]), "genotype.normal' has 0 edges"),
+        (Published([[], []], [2], cell, [2]), r"genotype.normal' has groups of \[0, 0\] edges"),
+        (Published([cell[:1], cell[1:]], [2], cell, [2]), r"groups of \[1, 3\] edges"),
     ):
         with pytest.raises(ValueError, match=message):
             Architecture.from_dict({"genotype": wrong, "n_cells": 3})

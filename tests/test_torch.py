@@ -491,3 +491,21 @@ def test_nnx_modules():
     assert all(array.flags.writeable and array.flags.c_contiguous for array in arrays.values())
     with pytest.raises(TypeError, match="the module is a ConvTranspose, whose kernel has no form"):
         to_torch(nnx.ConvTranspose(3, 4, (2, 2), rngs=nnx.Rngs(0)))
+
+
+def test_layers_of_a_sequential_have_their_numbers_as_names():
+    """At the top, under an attribute, in a list, and one in another; not another class's layers."""
+    rngs = nnx.Rngs(0)
+
+    def sequential(*layers):
+        return nnx.Sequential(nnx.Linear(2, 3, use_bias=False, rngs=rngs), nnx.relu, *layers)
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.features = sequential(sequential())
+            self.layers = nnx.List([sequential()])
+
+    assert set(to_torch(sequential())) == {"0.weight"}
+    assert set(to_torch(Net())) == {
+        "features.0.weight", "features.2.0.weight", "layers.0.0.weight"
+    }  # fmt: skip

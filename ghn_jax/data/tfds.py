@@ -240,7 +240,7 @@ def _folder(what: str, data_dir: str | os.PathLike | None) -> Path:
             f"tfds:{what} has no name; use tfds:NAME, and give the folder that it is in as data_dir"
         )
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    folder = Path(data_dir).expanduser()
+    folder = Path(data_dir).expanduser().resolve()
     versions = sorted(info.parent for info in folder.glob(f"{name}/*/dataset_info.json"))
     chosen = [path for path in versions if version in ("", path.name)]
     if chosen:
@@ -255,8 +255,8 @@ def _folder(what: str, data_dir: str | os.PathLike | None) -> Path:
             f"{folder / name} has the configurations {', '.join(configs)}; give one, as "
             f"tfds:{name}/{configs[0]}"
         )
-    for above in folder.parents[:3]:
-        if any(above.glob(f"{name}/*/dataset_info.json")):
+    for above in folder.parents[:3]:  # in a version, a configuration or the dataset
+        if any(any(above.glob(f"{name}/{deeper}dataset_info.json")) for deeper in ("*/", "*/*/")):
             raise FileNotFoundError(
                 f"data_dir is {str(folder)!r}, which is inside of a dataset; give the folder that "
                 f"{name} is in: data_dir={str(above)!r}"

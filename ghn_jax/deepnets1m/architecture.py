@@ -59,13 +59,18 @@ def _cell(edges: Any, concat: Any, which: str) -> tuple[tuple[Edge, ...], tuple[
     """Checks one cell of a genotype and returns it as tuples."""
     field = f"genotype.{which}"
     try:
-        edges = tuple((str(name), source) for name, source in _ungrouped(edges))
+        flat, sizes = _ungrouped(edges)
+        edges = tuple((str(name), source) for name, source in flat)
         concat = tuple(concat)
     except (TypeError, ValueError):
         raise ValueError(
             f"architecture field {field!r} must be a list of [operation, state] pairs, and "
             f"'{field}_concat' a list of states; given {edges!r} and {concat!r}"
         ) from None
+    _require(
+        set(sizes) <= {2},
+        f"architecture field {field!r} has groups of {sizes} edges; allowed: two for each node",
+    )
     _require(
         0 < len(edges) <= 2 * MAX_CELL_NODES and len(edges) % 2 == 0,
         f"architecture field {field!r} has {len(edges)} edges; allowed: two for each node, 1 to "
@@ -92,14 +97,14 @@ def _cell(edges: Any, concat: Any, which: str) -> tuple[tuple[Edge, ...], tuple[
 
 
 def _ungrouped(edges):
-    """Edges that are grouped by node, [[edge, edge], ...], one after another; others unchanged."""
+    """Edges one after another, and the sizes of the groups that they were in, if in any."""
     groups = list(edges)
     if groups and all(
         isinstance(group, (list, tuple)) and all(isinstance(edge, (list, tuple)) for edge in group)
         for group in groups
     ):
-        return [edge for group in groups for edge in group]
-    return groups
+        return [edge for group in groups for edge in group], [len(group) for group in groups]
+    return groups, []
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -38,8 +39,17 @@ def module_to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
             tensors = _layer(part, ".".join(map(str, path)) or "the module")
         for name, array in tensors:
             # An array of its own: JAX's may not be written to.
-            arrays[".".join([*map(str, path), name])] = np.array(array, order="C")
+            arrays[".".join([*_names(module, path), name])] = np.array(array, order="C")
     return arrays
+
+
+def _names(module: nnx.Module, path: Sequence) -> Iterator[str]:
+    """A path as PyTorch has it, whose Sequential has its layers without a name in between."""
+    inside: Any = module
+    for part in path:
+        if not (isinstance(inside, nnx.Sequential) and part == "layers"):
+            yield str(part)
+        inside = inside[part] if isinstance(part, int) else getattr(inside, part)
 
 
 def _layer(layer: nnx.Module, where: str) -> Iterator[tuple[str, np.ndarray]]:
