@@ -30,8 +30,8 @@ from ghn_jax.deepnets1m.units import NormSum
 from ghn_jax.engine.engine import Engine, weights_of
 from ghn_jax.engine.plan import make_plan
 from ghn_jax.evaluation.accuracy import draw_parameter
-from ghn_jax.evaluation.batch_statistics import apply_on_batch, given, put_on_batch
-from ghn_jax.tracing.given import check_model_and_variables, copied_nodes, what_is
+from ghn_jax.evaluation.batch_statistics import given, linen_on_batch, put_on_batch
+from ghn_jax.tracing.given import copied_nodes, what_is
 from ghn_jax.tracing.model_graph import map_parameters, unwrap
 from ghn_jax.tracing.named_axes import bind_axes
 
@@ -113,9 +113,9 @@ def _linen(model: nn.Module, call: Mapping[str, Any]) -> Callable[..., list[_Out
         with nn.intercept_methods(watch):
             _, state = cast(
                 tuple,
-                apply_on_batch(
+                linen_on_batch(
                     model, variables, images,
-                    **{**call, "capture_intermediates": is_layer, "mutable": mutable},
+                    {**call, "capture_intermediates": is_layer, "mutable": mutable},
                 ),
             )  # fmt: skip
         found = []
@@ -213,18 +213,18 @@ def recorder(model: nn.Module | nnx.Module, *, engine: Engine | None = None, **c
     Raises:
       TypeError: the model is no Flax module.
     """
-    model, _ = unwrap(model, {})
-    if isinstance(model, Network):
-        run = _engine(model, engine or Engine())
-    elif isinstance(model, nn.Module):
-        run = _linen(model, call)
-    elif isinstance(model, nnx.Module):
+    module, _ = unwrap(model, {})
+    if isinstance(module, Network):
+        run = _engine(module, engine or Engine())
+    elif isinstance(module, nn.Module):
+        run = _linen(module, call)
+    elif isinstance(module, nnx.Module):
         run = _nnx(call)
     else:
         raise TypeError(f"the model is {what_is(model)}; give a Linen or an NNX module")
 
     def statistics(variables, images) -> list[LayerStatistics]:
-        check_model_and_variables(model, variables)
+        _, variables = given(model, variables)
         if not len(images):
             raise ValueError("the batch has no images; the paper's have 64")
         outputs = jax.device_get(run(variables, images))
@@ -266,7 +266,6 @@ def activation_statistics(
       ValueError: it has no layers, or there are no images; or a batch norm is not Flax's, or the
         variables have no 'params', or are shapes.
     """
-    model, variables = given(model, variables)
     return recorder(model, **call)(variables, images)
 
 
@@ -350,10 +349,11 @@ def norm_check(
     """
     if not factor > 1:
         raise ValueError(f"factor is {factor}; allowed: more than 1")
-    model, variables = given(model, variables)
     statistics = recorder(model, **call)
     found = statistics(variables, images)
-    expected = statistics(_he(variables) if reference is None else reference, images)
+    if reference is None:
+        reference = _he(given(model, variables)[1])
+    expected = statistics(reference, images)
     findings = compare_activations(found, expected, factor)
     if findings:
         warnings.warn(_message(findings, len(found)), RuntimeWarning, stacklevel=2)

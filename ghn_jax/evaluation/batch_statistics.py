@@ -28,14 +28,15 @@ from ghn_jax.tracing.named_axes import bind_axes
 
 
 def given(model, variables) -> tuple[nn.Module | nnx.Module, Any]:
-    """A model and its variables, out of the objects that users have, checked.
+    """A model and its variables, out of the objects that users have, checked for batch norm, too.
 
     Args:
       model: a Linen or NNX module, or what wraps one, as Hugging Face's models do.
       variables: of the model; None: those that an NNX module or a wrapper holds.
 
     Raises:
-      TypeError, ValueError: as `check_model_and_variables`.
+      TypeError, ValueError: as `check_model_and_variables`; or statistics that are not of a batch
+        norm of Flax's.
     """
     if isinstance(model, nnx.Module):
         variables = model if variables is None else variables
@@ -43,6 +44,10 @@ def given(model, variables) -> tuple[nn.Module | nnx.Module, Any]:
         check_model_and_variables(unwrap(model, {})[0], variables)
     module, variables = unwrap(model, variables)
     check_model_and_variables(module, variables)
+    if isinstance(module, nnx.Module):
+        _check_elsewhere(_kept_by_nnx(variables), "nnx.BatchNorm")
+    else:
+        _check_elsewhere(_kept_elsewhere(variables), "flax.linen.BatchNorm")
     return module, variables
 
 
@@ -207,12 +212,11 @@ def apply_on_batch(
     model, variables = given(model, variables)
     if isinstance(model, nnx.Module):
         return _nnx_on_batch(variables, images, copied_nodes(call))[0]
-    return _linen_on_batch(model, variables, images, call)
+    return linen_on_batch(model, variables, images, call)
 
 
-def _linen_on_batch(model: nn.Module, variables: Mapping, images: jax.Array, call: Mapping):
-    """What `model.apply` returns: with what was updated, where `call` says so."""
-    _check_elsewhere(_kept_elsewhere(variables), "flax.linen.BatchNorm")
+def linen_on_batch(model: nn.Module, variables: Mapping, images: jax.Array, call: Mapping):
+    """`apply_on_batch` of what `given` gave: with what was updated, where `call` says so."""
     run = _bind_axes(lambda variables, images: model.apply(variables, images, **call))
     with _on_batch(momentum=0.0):
         return cast(jax.Array, run(variables, images))
@@ -242,13 +246,12 @@ def average_statistics(
     if isinstance(model, nnx.Module):
         return _average_nnx(variables, batches, call)
     if not variables.get("batch_stats"):
-        _check_elsewhere(_kept_elsewhere(variables), "flax.linen.BatchNorm")
         raise ValueError("the variables have no 'batch_stats'; only batch norm has statistics")
     call = {**call, "mutable": union_filters(call.get("mutable", False), ["batch_stats"])}
 
     @jax.jit
     def update(variables, images):
-        return _linen_on_batch(model, variables, images, call)[1]["batch_stats"]
+        return linen_on_batch(model, variables, images, call)[1]["batch_stats"]
 
     mean = _mean(update(variables, images) for images in batches)
     return with_collection(variables, "batch_stats", jax.tree.leaves(mean))
@@ -280,12 +283,7 @@ def _mean(trees: Iterable):
 
 
 def put_on_batch(module: nnx.Module) -> None:
-    """Makes all batch norms in a module run on the batch, and keep these statistics.
-
-    Raises:
-      ValueError: a batch norm is not Flax's; where that is not sure, a warning.
-    """
-    _check_nnx(module)
+    """Makes all batch norms in a module run on the batch, and keep these statistics."""
     for _, part in list(nnx.iter_modules(module)):
         if isinstance(part, nnx.BatchNorm):
             # By their class: an argument of the call comes before their attributes.
@@ -303,8 +301,12 @@ def _on_batch_class(kind: Any) -> Any:
     return type(kind)(kind.__name__, (kind,), {"__call__": on_batch})
 
 
-def _check_nnx(module: nnx.Module) -> None:
-    """Raises ValueError for statistics in NNX that are not of an `nnx.BatchNorm`."""
+def _kept_by_nnx(module: nnx.Module) -> list[tuple[str, str, str, Any]]:
+    """What `_check_elsewhere` takes, of an NNX model.
+
+    Raises:
+      ValueError: an `nnx.BatchStat` is not of an `nnx.BatchNorm`.
+    """
     parts = dict(nnx.iter_modules(module))
     own: dict[tuple, list[str]] = {}
     others = []
@@ -326,7 +328,7 @@ def _check_nnx(module: nnx.Module) -> None:
         where = "/".join(map(str, owner)) or "the model"
         who = f"{where} is a {type(parts[owner]).__name__}, which"
         raise ValueError(_not_ours(who, sorted(names), "nnx.BatchStat", "nnx.BatchNorm"))
-    _check_elsewhere(others, "nnx.BatchNorm")
+    return others
 
 
 def _not_ours(who: str, names: Sequence[str], kept: str, ours: str) -> str:
@@ -360,7 +362,6 @@ def _average_nnx(module: nnx.Module, batches: Iterable[jax.Array], call: Mapping
     definition, *states = nnx.split(module, nnx.BatchStat, ...)
     statistics, rest = states
     if not jax.tree.leaves(statistics):
-        _check_nnx(module)
         raise ValueError("the module has no nnx.BatchStat; only batch norm has statistics")
     arguments = copied_nodes(call)
 

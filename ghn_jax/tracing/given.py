@@ -104,13 +104,20 @@ def copied_nodes(arguments: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
     What a traced function changes in an object (the counts of `nnx.Rngs`) must have been made in
     it; so each trace calls this for its own. The objects given are not changed.
     """
-    leaves, structure = jax.tree.flatten(dict(arguments), is_leaf=_is_node)
-    split = [nnx.split(leaf) if _is_node(leaf) else leaf for leaf in leaves]
+    copiers = {name: _copier(value) for name, value in arguments.items()}
+    return lambda: {name: make() for name, make in copiers.items()}
 
-    def fresh(leaf, parts):
-        if not _is_node(leaf):
-            return leaf
-        definition, state = parts
-        return nnx.merge(definition, jax.tree.map(lambda x: x, state))
 
-    return lambda: jax.tree.unflatten(structure, list(map(fresh, leaves, split)))
+def _copier(value) -> Callable[[], Any]:
+    """A function that makes a value anew, where it has NNX objects in it."""
+    if _is_node(value):
+        definition, state = nnx.split(value)
+        return lambda: nnx.merge(definition, jax.tree.map(lambda x: x, state))
+    if type(value) is dict:  # JAX takes those alone whose keys can be sorted
+        made = {key: _copier(part) for key, part in value.items()}
+        return lambda: {key: make() for key, make in made.items()}
+    parts, structure = jax.tree.flatten(value, is_leaf=lambda x: _is_node(x) or type(x) is dict)
+    if len(parts) == 1 and parts[0] is value:
+        return lambda: value
+    makers = list(map(_copier, parts))
+    return lambda: jax.tree.unflatten(structure, [make() for make in makers])
