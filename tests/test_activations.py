@@ -115,6 +115,22 @@ def test_the_same_of_nnx(found, variables, images):
     assert float(jnp.abs(model.norm.mean[...]).max()) == 0
 
 
+def test_nnx_norms_that_are_told_otherwise_and_named_axes(found, variables, images):
+    class Told(Same):
+        def __call__(self, x):
+            x = nnx.relu(self.norm(self.stem(x), use_running_average=True))
+            x = self.conv(x).mean((1, 2))
+            return self.head(self.again(nnx.relu(self.again(x))))
+
+    model = Told(variables["params"])
+    model.norm.axis_name = "batch"
+    for ours, expected in zip(
+        ghn_jax.activation_statistics(model, None, images), found, strict=True
+    ):
+        assert ours.layer == expected.layer and ours.kind in (expected.kind, "Linear")
+        assert ours.variance == pytest.approx(expected.variance, rel=1e-3)
+
+
 def test_networks_of_the_design_space():
     network = build_network(SMALL, image_size=16)
     params = random_parameters(network, 16, seed=0)

@@ -1,11 +1,15 @@
 """Batch norm on the statistics of a batch, of any model."""
 
+import dataclasses
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import freeze
 
 import ghn_jax
 
@@ -106,3 +110,229 @@ def test_statistics_of_nnx_norms_of_the_models_own():
         ghn_jax.average_statistics(none, None, [images])
     with pytest.raises(ValueError, match="no batch was given"):
         ghn_jax.average_statistics(NnxNormed(), None, [])
+
+
+# --- Statistics elsewhere than in Flax's batch norm -----------------------------------------------
+
+
+class Elsewhere(nn.Module):
+    """Keeps arrays in some collection beside a batch norm of Flax's."""
+
+    collection: str
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="norm")(nn.Conv(4, (3, 3))(x))
+        kept = [self.variable(self.collection, n, jnp.zeros, x.shape[-1:]) for n in self.names]
+        return x + sum(v.value for v in kept)
+
+
+ERROR, WARNING, NOTHING = "error", "warning", "nothing"
+KEPT = [
+    (("mean", "var"), "stats", ERROR),
+    (("running_mean", "running_var"), "state", ERROR),
+    (("moving_mean", "moving_variance"), "ema", ERROR),
+    (("mean", "var"), "constants", WARNING),  # a frozen batch norm, perhaps
+    (("running_mean",), "buffers", WARNING),
+    (("mean", "std"), "state", WARNING),  # of pixels, perhaps
+    (("index", "meaning"), "state", NOTHING),
+]
+
+
+def told(kind, calls, message):
+    for call in calls:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            if kind == NOTHING:
+                call()
+                continue
+            error = ValueError if kind == ERROR else RuntimeWarning
+            with pytest.raises(error, match=message):
+                call()
+
+
+@pytest.mark.parametrize("names, collection, kind", KEPT)
+def test_statistics_in_other_collections(names, collection, kind):
+    images = jnp.ones((2, 8, 8, 3))
+    model = Elsewhere(collection, names)
+    variables = model.init(jax.random.key(0), images)
+    calls = [
+        lambda: ghn_jax.apply_on_batch(model, variables, images),
+        lambda: ghn_jax.average_statistics(model, variables, [images]),
+        lambda: ghn_jax.activation_statistics(model, variables, images),
+    ]
+    told(kind, calls, f"the model keeps {', '.join(names)} in '{collection}' .*batch norm")
+
+
+class Buffer(nnx.Variable):
+    """What is not updated."""
+
+
+@pytest.mark.parametrize(
+    "names, variable, kind",
+    [
+        (("mean", "var"), nnx.Variable, ERROR),
+        (("running_mean",), nnx.Cache, ERROR),
+        (("mean", "var"), Buffer, WARNING),
+        (("mean", "std"), nnx.Variable, WARNING),
+        (("index",), nnx.Variable, NOTHING),
+    ],
+)
+def test_statistics_in_other_variables(names, variable, kind):
+    class Own(nnx.Module):
+        def __init__(self, features, rngs):
+            self.real = nnx.BatchNorm(features, rngs=rngs)
+            for name in names:
+                setattr(self, name, variable(jnp.zeros(features)))
+
+        def __call__(self, x):
+            return self.real(x) + sum(getattr(self, name)[...] for name in names)
+
+    images = jnp.ones((2, 16, 16, 3))
+    model = NnxNormed(Own)
+    calls = [
+        lambda: ghn_jax.apply_on_batch(model, None, images),
+        lambda: ghn_jax.average_statistics(model, None, [images]),
+        lambda: ghn_jax.activation_statistics(model, None, images),
+    ]
+    told(kind, calls, f"norm keeps {', '.join(names)} in (nnx.)?{variable.__name__} .*batch norm")
+
+
+def test_statistics_of_the_other_kind_of_module():
+    """NNX's batch norm within Linen, and Linen's within NNX."""
+    images = jnp.ones((2, 8, 8, 3))
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(nn.BatchNorm(use_running_average=True)(x))
+
+    linen = nnx.bridge.ToLinen(nnx.BatchNorm, args=(3,))
+    variables = linen.init(jax.random.key(0), images)
+    with pytest.raises(ValueError, match="the model is a ToLinen, which keeps mean, var"):
+        ghn_jax.apply_on_batch(linen, variables, images)
+    module = nnx.bridge.ToNNX(Normed(), rngs=nnx.Rngs(0)).lazy_init(images)
+    with pytest.raises(ValueError, match="ToNNX, which keeps BatchNorm_0/mean, BatchNorm_0/var"):
+        ghn_jax.apply_on_batch(module, None, images)
+
+
+# --- What is given, and given back ----------------------------------------------------------------
+
+
+class Linen(nn.Module):
+    """Convolution, batch norm, classifier."""
+
+    @nn.compact
+    def __call__(self, x, train=False, axis=None, form="array"):
+        x = nn.Conv(8, (3, 3), strides=4)(x)
+        y = nn.BatchNorm(use_running_average=not train, axis_name=axis)(x).mean((1, 2))
+        self.sow("intermediates", "features", y)
+        logits = nn.Dense(10)(y)
+        if form == "array":
+            return logits
+        return Returned(logits, {"name": "text", "none": None}) if form == "dataclass" else {
+            "logits": logits, "name": "text"
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Returned:
+    """A dataclass that JAX does not know."""
+
+    logits: jax.Array
+    more: dict
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).standard_normal((4, 16, 16, 3), np.float32)
+
+
+@pytest.fixture(scope="module")
+def variables(images):
+    return Linen().init(jax.random.key(0), images)
+
+
+@pytest.mark.parametrize("form", ["frozen", "nested", "dicts"])
+def test_averaged_variables_are_a_tree_as_they_came(variables, images, form):
+    given = {
+        "frozen": freeze(variables),
+        "nested": {name: freeze(tree) for name, tree in variables.items()},
+        "dicts": variables,
+    }[form]
+    averaged = ghn_jax.average_statistics(Linen(), given, [images])
+    assert jax.tree.structure(averaged) == jax.tree.structure(given)
+    expected = ghn_jax.average_statistics(Linen(), variables, [images])
+    for ours, theirs in zip(jax.tree.leaves(averaged), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("mutable", [["intermediates"], "intermediates", True, nn.DenyList([])])
+def test_more_is_mutable(variables, images, mutable):
+    expected = ghn_jax.average_statistics(Linen(), variables, [images])
+    averaged = ghn_jax.average_statistics(Linen(), variables, [images], mutable=mutable)
+    jax.tree.map(np.testing.assert_array_equal, averaged, expected)
+    found = ghn_jax.activation_statistics(Linen(), variables, images, mutable=mutable)
+    assert [layer.kind for layer in found] == ["Conv", "BatchNorm", "Dense"]
+
+
+@pytest.mark.parametrize("form", ["dict", "dataclass"])
+def test_outputs_that_jax_does_not_know_with_a_named_axis(variables, images, form):
+    expected = ghn_jax.apply_on_batch(Linen(), variables, images)
+    found = ghn_jax.apply_on_batch(Linen(), variables, images, axis="batch", form=form)
+    if form == "dataclass":
+        assert isinstance(found, Returned) and found.more == {"name": "text", "none": None}
+        logits = found.logits
+    else:
+        assert found["name"] == "text"
+        logits = found["logits"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+
+
+class Wrapper:
+    """As Hugging Face's models are."""
+
+    def __init__(self, variables):
+        self.module, self.params = Linen(), variables
+
+
+def test_wrappers(variables, images):
+    wrapper = Wrapper(variables)
+    expected = ghn_jax.apply_on_batch(Linen(), variables, images)
+    averaged = ghn_jax.average_statistics(Linen(), variables, [images])
+    layers = ghn_jax.activation_statistics(Linen(), variables, images)
+    for given in (variables, None):
+        logits = ghn_jax.apply_on_batch(wrapper, given, images)
+        np.testing.assert_array_equal(logits, expected)
+        found = ghn_jax.average_statistics(wrapper, given, [images])
+        jax.tree.map(np.testing.assert_array_equal, found, averaged)
+        assert ghn_jax.activation_statistics(wrapper, given, images) == layers
+        ghn_jax.norm_check(wrapper, given, images)
+
+
+@pytest.mark.parametrize(
+    "name", ["apply_on_batch", "average_statistics", "activation_statistics", "norm_check"]
+)
+def test_wrong_models_and_variables(variables, images, name):
+    module = NnxNormed()
+    abstract = nnx.eval_shape(NnxNormed)
+    state = nnx.state(module)
+    batch = [images] if name == "average_statistics" else images
+    for model, given, error, message in (
+        (Linen, variables, TypeError, "the model is the class Linen; give"),
+        (NnxNormed, None, TypeError, "the model is the class NnxNormed; give"),
+        (len, variables, TypeError, "the model is a builtin_function_or_method; give"),
+        (Linen(), variables["params"], ValueError, "have no 'params' but 'Conv_0', 'BatchNorm_0'"),
+        (Linen(), (variables, None), TypeError, r"are a tuple; .* give the first"),
+        (Wrapper(variables), (variables, None), TypeError, r"are a tuple; .* give the first"),
+        (Linen(), None, TypeError, "the variables are None; allowed"),
+        (Linen(), module, TypeError, r"a Linen module, but .* an NNX module \(NnxNormed"),
+        (module, variables, TypeError, "an NNX module, but the variables are a dict"),
+        (module, state, TypeError, "an NNX module, but the variables are a State"),
+        (abstract, None, ValueError, "the NnxNormed is abstract"),
+    ):
+        with pytest.raises(error, match=message):
+            getattr(ghn_jax, name)(model, given, batch)
+    with pytest.raises(ValueError, match="a batch is a tuple; give arrays"):
+        ghn_jax.average_statistics(Linen(), variables, [(images, 0)])

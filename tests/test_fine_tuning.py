@@ -1,11 +1,14 @@
 """What is done to predicted parameters: batch norm's statistics, noise, orthogonality, bfloat16."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import freeze
 
 import ghn_jax
 from ghn_jax.evaluation.reinitialise import _correlation_deviation, tiled_kernels
@@ -169,3 +172,64 @@ def test_half_precision(predicted):
     cast = ghn_jax.to_bfloat16(module)
     assert cast.kernel[...].dtype == jnp.bfloat16
     assert module.kernel[...].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("form", ["frozen", "nested", "dicts"])
+def test_trees_are_given_back_as_they_came(predicted, form):
+    variables, report = predicted
+    given = {
+        "frozen": freeze(variables),
+        "nested": {name: freeze(tree) for name, tree in variables.items()},
+        "dicts": variables,
+    }[form]
+    for change in (
+        ghn_jax.to_bfloat16,
+        lambda variables: ghn_jax.add_noise(variables, report),
+        lambda variables: ghn_jax.orthogonalise(variables, report),
+    ):
+        changed = change(given)
+        assert jax.tree.structure(changed) == jax.tree.structure(given)
+        expected = jax.tree.leaves(change(variables))
+        for ours, theirs in zip(jax.tree.leaves(changed), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_is_no_variables(predicted):
+    variables, report = predicted
+    for change in (
+        ghn_jax.to_bfloat16,
+        lambda variables: ghn_jax.add_noise(variables, report),
+        lambda variables: ghn_jax.orthogonalise(variables, report),
+    ):
+        for given, error, message in (
+            (variables["params"], ValueError, "have no 'params' but 'first', 'head', 'norm1'; a t"),
+            (predicted, TypeError, "are a tuple; .* give the first"),
+            (nnx.Linear, TypeError, "are the class Linear; allowed"),
+            (None, TypeError, "are None; allowed"),
+            (nnx.eval_shape(lambda: nnx.Linear(3, 4, rngs=nnx.Rngs(0))), ValueError, "is abstract"),
+        ):
+            with pytest.raises(error, match=message):
+                change(given)
+
+
+def test_reports_of_other_models(predicted):
+    variables, report = predicted
+
+    def named(change):
+        rows = [dataclasses.replace(p, path=change(p.path)) for p in report.parameters]
+        return dataclasses.replace(report, parameters=tuple(rows))
+
+    other = named(lambda path: f"other/{path}")
+    small = [dataclasses.replace(p, how="decoded") for p in other.parameters]
+    none_tiled = dataclasses.replace(report, parameters=tuple(small))
+    swapped = {"first": "second", "second": "first"}
+    parts = named(lambda path: "/".join(swapped.get(part, part) for part in path.split("/")))
+    for change in (ghn_jax.add_noise, ghn_jax.orthogonalise):
+        for wrong, error, message in (
+            (other, ValueError, "the variables have no other/first/kernel, other/second/kernel, w"),
+            (none_tiled, ValueError, "the variables have no other/first/kernel"),
+            (parts, ValueError, r"first/kernel has shape \(3, 3, 3, 72\) in the variables and"),
+            (None, TypeError, "the report is None; give"),
+        ):
+            with pytest.raises(error, match=message):
+                change(variables, wrong)

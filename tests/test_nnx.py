@@ -94,3 +94,42 @@ def test_bad_nnx(ghn):
         ghn_jax.predict_model(*ghn, abstract, IMAGES)
     with pytest.raises(ValueError, match="an NNX module holds its initial values"):
         ghn_jax.predict_model(*ghn, Modern(nnx.Rngs(0)), IMAGES, initial={})
+
+
+class Dropped(nnx.Module):
+    """Takes random numbers in its call, for dropout, as the argument that holds them."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5)
+        self.head = nnx.Linear(3, 10, rngs=rngs)
+
+    def __call__(self, x, rngs=None, context=None):
+        rngs = context["rngs"][0] if context else rngs
+        return self.head(self.dropout(self.norm(x).mean((1, 2)), rngs=rngs))
+
+
+@pytest.mark.parametrize("form", ["rngs", "stream", "within", "key"])
+def test_random_numbers_given_to_the_call(form):
+    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+
+    def arguments():
+        rngs = nnx.Rngs(dropout=1)
+        return {
+            "rngs": {"rngs": rngs},
+            "stream": {"rngs": rngs.dropout},
+            "within": {"context": {"rngs": [rngs], "other": None}},
+            "key": {"rngs": rngs.dropout()},
+        }[form]
+
+    model = Dropped()
+    given = arguments()
+    logits = ghn_jax.apply_on_batch(model, None, images, **given)
+    averaged = ghn_jax.average_statistics(model, None, [images, 2 * images], **given)
+    layers = ghn_jax.activation_statistics(model, None, images, **given)
+    assert [layer.layer for layer in layers] == ["norm", "head"]
+    mean = 1.5 * images.mean((0, 1, 2))
+    np.testing.assert_allclose(averaged.norm.mean[...], mean, rtol=1e-4, atol=1e-6)
+    # Those given are not used up, and are what the model would have used.
+    np.testing.assert_allclose(logits, Dropped()(images, **given), rtol=1e-5, atol=1e-6)

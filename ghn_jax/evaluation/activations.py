@@ -23,14 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.core.scope import union_filters
 
 from ghn_jax.deepnets1m.network import Network
 from ghn_jax.deepnets1m.units import NormSum
 from ghn_jax.engine.engine import Engine, weights_of
 from ghn_jax.engine.plan import make_plan
 from ghn_jax.evaluation.accuracy import draw_parameter
-from ghn_jax.evaluation.batch_statistics import apply_on_batch
-from ghn_jax.tracing.model_graph import map_parameters
+from ghn_jax.evaluation.batch_statistics import given, linen_on_batch, put_on_batch
+from ghn_jax.tracing.given import copied_nodes, what_is
+from ghn_jax.tracing.model_graph import map_parameters, unwrap
+from ghn_jax.tracing.named_axes import bind_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,8 @@ Recorder = Callable[[Any, jax.Array], list[LayerStatistics]]
 
 
 def _linen(model: nn.Module, call: Mapping[str, Any]) -> Callable[..., list[_Output]]:
+    mutable = union_filters(call.get("mutable", False), ["intermediates"])
+
     def run(variables, images):
         order: dict[tuple[str, ...], str] = {}
         normed = []  # what norms read
@@ -108,9 +113,9 @@ def _linen(model: nn.Module, call: Mapping[str, Any]) -> Callable[..., list[_Out
         with nn.intercept_methods(watch):
             _, state = cast(
                 tuple,
-                apply_on_batch(
+                linen_on_batch(
                     model, variables, images,
-                    capture_intermediates=is_layer, mutable=["intermediates"], **call,
+                    {**call, "capture_intermediates": is_layer, "mutable": mutable},
                 ),
             )  # fmt: skip
         found = []
@@ -127,9 +132,23 @@ def _linen(model: nn.Module, call: Mapping[str, Any]) -> Callable[..., list[_Out
 
 
 def _nnx(call: Mapping[str, Any]) -> Callable[..., list[_Output]]:
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(definition, state, images):
-        model = nnx.merge(definition, state)
+    arguments = copied_nodes(call)
+
+    # No static argument of `jax.jit`: definitions with a dict in them cannot be hashed.
+    programs: list[tuple[Any, Callable]] = []
+
+    def run(module, images):
+        definition, state = nnx.split(module)
+        program = next((program for known, program in programs if known == definition), None)
+        if program is None:
+            program = jax.jit(bind_axes(functools.partial(look_at, definition)))
+            programs.append((definition, program))
+        return program(state, images)
+
+    def look_at(definition, state, images):
+        # The model is this program's own copy.
+        model = nnx.merge(definition, jax.tree.map(lambda x: x, state))
+        put_on_batch(model)
         ended: list[tuple[str, str, Any]] = []
         normed: list[jax.Array] = []
 
@@ -145,16 +164,11 @@ def _nnx(call: Mapping[str, Any]) -> Callable[..., list[_Output]]:
 
             return type(cls.__name__, (cls,), {"__call__": called})
 
-        for path, node in list(nnx.iter_graph(model)):
-            if not isinstance(node, nnx.Module):
-                continue
-            if isinstance(node, nnx.BatchNorm):
-                node.use_running_average = False
+        for path, node in list(nnx.iter_modules(model)):
             if any(isinstance(value, nnx.Param) for value in vars(node).values()):
-                # The model is this program's own copy.
                 recorded = record(type(node), "/".join(map(str, path)))
                 object.__setattr__(node, "__class__", recorded)
-        model(images, **call)
+        model(images, **arguments())
         calls: dict[str, int] = {}
         found = []
         for name, kind, output in ended:
@@ -163,7 +177,7 @@ def _nnx(call: Mapping[str, Any]) -> Callable[..., list[_Output]]:
             found.append(_Output(name + again, kind, _is_in(output, normed), _numbers(output)))
         return found
 
-    return lambda model, images: run(*nnx.split(model), images)
+    return run
 
 
 def _engine(network: Network, engine: Engine) -> Callable[..., list[_Output]]:
@@ -199,16 +213,18 @@ def recorder(model: nn.Module | nnx.Module, *, engine: Engine | None = None, **c
     Raises:
       TypeError: the model is no Flax module.
     """
-    if isinstance(model, Network):
-        run = _engine(model, engine or Engine())
-    elif isinstance(model, nn.Module):
-        run = _linen(model, call)
-    elif isinstance(model, nnx.Module):
+    module, _ = unwrap(model, {})
+    if isinstance(module, Network):
+        run = _engine(module, engine or Engine())
+    elif isinstance(module, nn.Module):
+        run = _linen(module, call)
+    elif isinstance(module, nnx.Module):
         run = _nnx(call)
     else:
-        raise TypeError(f"the model is a {type(model).__name__}; give a Linen or an NNX module")
+        raise TypeError(f"the model is {what_is(model)}; give a Linen or an NNX module")
 
     def statistics(variables, images) -> list[LayerStatistics]:
+        _, variables = given(model, variables)
         if not len(images):
             raise ValueError("the batch has no images; the paper's have 64")
         outputs = jax.device_get(run(variables, images))
@@ -237,7 +253,8 @@ def activation_statistics(
 
     Args:
       model: a Linen or NNX module; networks of the design space (`build_network`) are not compiled.
-      variables: a Linen model's variables or an NNX module, as `predict_model` returns them.
+      variables: a Linen model's variables or an NNX module, as `predict_model` returns them; None:
+        those that an NNX module, or a wrapper of a Linen module, holds.
       images: (B, H, W, C), a batch as the model takes it; the paper's have 64.
       **call: keyword arguments of the model's call (train=False).
 
@@ -245,8 +262,9 @@ def activation_statistics(
       One for each layer, in the order in which they end.
 
     Raises:
-      TypeError: the model is no Flax module.
-      ValueError: it has no layers, or there are no images; or a batch norm is not `nn.BatchNorm`.
+      TypeError: the model is no Flax module, or the variables are not of its kind.
+      ValueError: it has no layers, or there are no images; or a batch norm is not Flax's, or the
+        variables have no 'params', or are shapes.
     """
     return recorder(model, **call)(variables, images)
 
@@ -333,7 +351,9 @@ def norm_check(
         raise ValueError(f"factor is {factor}; allowed: more than 1")
     statistics = recorder(model, **call)
     found = statistics(variables, images)
-    expected = statistics(_he(variables) if reference is None else reference, images)
+    if reference is None:
+        reference = _he(given(model, variables)[1])
+    expected = statistics(reference, images)
     findings = compare_activations(found, expected, factor)
     if findings:
         warnings.warn(_message(findings, len(found)), RuntimeWarning, stacklevel=2)

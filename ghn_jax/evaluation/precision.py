@@ -15,8 +15,13 @@ def to_bfloat16(variables):
         else that is no parameter stay as they are.
 
     Returns:
-      New variables, or a new module. Layers compute in the type of their parameters and inputs
-      together: give them bfloat16 images, or the module `dtype=jnp.bfloat16`.
+      New variables, in a tree as they came, or a new module. Layers compute in the type of their
+      parameters and inputs together: give them bfloat16 images, or the module
+      `dtype=jnp.bfloat16`.
+
+    Raises:
+      TypeError: the variables are something else.
+      ValueError: they are parameters alone, or an abstract module.
     """
 
     def cast(path, leaf):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ghn_jax.tracing.given import what_is
 from ghn_jax.tracing.model_graph import map_parameters
 from ghn_jax.tracing.report import ParameterReport, PredictionReport
 
@@ -27,16 +28,29 @@ def _change(
     variables, report: PredictionReport, paths: Iterable[str] | None, change: Callable
 ) -> object:
     """Applies a change to kernels as matrices, larger side first."""
+    if not isinstance(report, PredictionReport):
+        raise TypeError(
+            f"the report is {what_is(report)}; give the PredictionReport that predict_model "
+            "returned with the variables"
+        )
     rows = {p.path: p for p in report.parameters}
     chosen = list(tiled_kernels(report) if paths is None else paths)
     for path in chosen:
         if path not in rows or not rows[path].is_kernel:
             raise ValueError(f"{path!r} is no predicted kernel of a layer before the classifier")
     order = {path: i for i, path in enumerate(chosen)}
+    # With no paths given, none may be tiled: then all kernels tell whose report it is.
+    missing = set(chosen if paths is not None else (p.path for p in rows.values() if p.is_kernel))
 
     def kernel(path: str, leaf: jax.Array) -> jax.Array:
+        missing.discard(path)
         if path not in order:
             return leaf
+        if tuple(leaf.shape) != rows[path].shape:
+            raise ValueError(
+                f"{path} has shape {tuple(leaf.shape)} in the variables and {rows[path].shape} in "
+                "the report; give the report of their prediction"
+            )
         # PyTorch's order of (in, height, width): that of columns decides what QR makes of them.
         tensor = np.asarray(leaf, np.float32)
         tensor = np.moveaxis(tensor, -2, 0) if leaf.ndim == 4 else tensor
@@ -47,7 +61,13 @@ def _change(
         tensor = np.moveaxis(tensor, 0, -2) if leaf.ndim == 4 else tensor
         return jnp.asarray(tensor, leaf.dtype)
 
-    return map_parameters(variables, kernel)
+    changed = map_parameters(variables, kernel)
+    if missing:
+        raise ValueError(
+            f"the variables have no {', '.join(sorted(missing)[:3])}, which the report has; give "
+            "the report of their prediction"
+        )
+    return changed
 
 
 def _matrix(x: np.ndarray, row: ParameterReport) -> np.ndarray:
@@ -79,10 +99,11 @@ def add_noise(
       seed: of the noise.
 
     Returns:
-      New variables, or a new module.
+      New variables, in a tree as they came, or a new module.
 
     Raises:
-      ValueError: a path is none of a predicted kernel.
+      TypeError: the variables or the report are something else.
+      ValueError: a path is none of a predicted kernel, or the report is another model's.
     """
 
     def noisy(matrix, number):
@@ -112,10 +133,11 @@ def orthogonalise(variables, report: PredictionReport, paths: Iterable[str] | No
       variables, report, paths: as for `add_noise`.
 
     Returns:
-      New variables, or a new module.
+      New variables, in a tree as they came, or a new module.
 
     Raises:
-      ValueError: a path is none of a predicted kernel.
+      TypeError: the variables or the report are something else.
+      ValueError: a path is none of a predicted kernel, or the report is another model's.
     """
 
     def orthogonal(matrix, number):

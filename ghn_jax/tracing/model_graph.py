@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from ghn_jax.deepnets1m.graph import Graph
+from ghn_jax.tracing.given import check_variables, with_collection
 from ghn_jax.tracing.initial_values import read_init
 from ghn_jax.tracing.jaxpr_graph import Reading, read_graph
 from ghn_jax.tracing.named_axes import bind_axes
@@ -365,13 +366,21 @@ def map_parameters(variables, function: Callable[[str, jax.Array], jax.Array]):
       function: gets paths as reports have them: 'layer1_0/conv1/kernel'.
 
     Returns:
-      New variables or a new module; those given are not changed.
+      New variables, in a tree as they came (a FrozenDict of a FrozenDict), or a new module; those
+      given are not changed.
+
+    Raises:
+      TypeError, ValueError: they are no variables, or parameters alone, or the module is abstract.
     """
+    check_variables(variables)
     if isinstance(variables, nnx.Module):
         definition, *states = nnx.split(variables, nnx.Param, ...)
         params, rest = states
         return nnx.merge(definition, _map_tree(params, function), _copy(rest))
-    return {**variables, "params": _map_tree(variables["params"], function)}
+    if "params" not in variables:
+        return _copy(variables)
+    mapped = _map_tree(variables["params"], function)
+    return with_collection(variables, "params", jax.tree.leaves(mapped))
 
 
 def _map_tree(tree, function):

@@ -1,0 +1,123 @@
+"""What users give as a model, its variables and its call's arguments: checked, copied, rebuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+
+
+def what_is(value) -> str:
+    """A wrong argument, in an error's words."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def check_variables(variables) -> None:
+    """Checks that something is a Linen model's variables, or an NNX module with arrays.
+
+    Raises:
+      TypeError: it is something else.
+      ValueError: it is a tree of parameters alone, or an abstract module.
+    """
+    if isinstance(variables, nnx.Module):
+        _check_is_not_abstract(variables)
+    elif not isinstance(variables, Mapping):
+        hint = ""
+        if isinstance(variables, tuple):
+            hint = "; predict_model returns (variables, report): give the first"
+        raise TypeError(
+            f"the variables are {what_is(variables)}; allowed: a Linen model's variables, "
+            f"{{'params': ...}}, or an NNX module{hint}"
+        )
+    # Norms without a scale and bias have statistics alone, other models nothing at all.
+    elif variables and not {"params", "batch_stats"} & set(variables):
+        names = ", ".join(map(repr, list(variables)[:3]))
+        raise ValueError(
+            f"the variables have no 'params' but {names}; a tree of parameters alone is given as "
+            "{'params': tree}, with the model's other collections beside it"
+        )
+
+
+def _check_is_not_abstract(module: nnx.Module) -> None:
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(nnx.state(module))):
+        raise ValueError(
+            f"the {type(module).__name__} is abstract (nnx.eval_shape): it has shapes in place of "
+            "arrays; give a module with arrays, as predict_model returns it"
+        )
+
+
+def check_model_and_variables(model, variables) -> None:
+    """Checks that a model is a module, and its variables are of its kind.
+
+    Args:
+      model: an instance of a module of Linen or NNX.
+      variables: of a Linen model; of an NNX model the module that holds them.
+
+    Raises:
+      TypeError: the model is no module, or the variables are of another kind.
+      ValueError: as `check_variables`.
+    """
+    if isinstance(model, nnx.Module):
+        if not isinstance(variables, nnx.Module):
+            raise TypeError(
+                f"the model is an NNX module, but the variables are {what_is(variables)}; give the "
+                "NNX module that holds them, as predict_model returns it"
+            )
+    elif not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model is {what_is(model)}; give a Linen or an NNX module, an instance of it"
+        )
+    elif isinstance(variables, nnx.Module):
+        raise TypeError(
+            f"the model is a Linen module, but the variables are an NNX module "
+            f"({type(variables).__name__}); give the Linen model's variables, {{'params': ...}}"
+        )
+    check_variables(variables)
+
+
+def with_collection(variables: Mapping, name: str, leaves: Sequence) -> Any:
+    """Variables with other leaves in one collection, in a tree as it was given: dicts, FrozenDicts.
+
+    Args:
+      variables: a Linen model's.
+      name: of the collection.
+      leaves: in the order of `jax.tree.leaves` of that collection.
+    """
+    old, structure = jax.tree.flatten(variables)
+    numbers = jax.tree.leaves(jax.tree.unflatten(structure, range(len(old)))[name])
+    new = dict(zip(numbers, leaves, strict=True))
+    return jax.tree.unflatten(structure, [new.get(i, leaf) for i, leaf in enumerate(old)])
+
+
+def _is_node(value) -> bool:
+    return isinstance(value, nnx.Pytree)  # modules, Rngs, streams of them
+
+
+def copied_nodes(arguments: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+    """A function that makes a call's arguments anew, with copies of all NNX objects in them.
+
+    What a traced function changes in an object (the counts of `nnx.Rngs`) must have been made in
+    it; so each trace calls this for its own. The objects given are not changed.
+    """
+    copiers = {name: _copier(value) for name, value in arguments.items()}
+    return lambda: {name: make() for name, make in copiers.items()}
+
+
+def _copier(value) -> Callable[[], Any]:
+    """A function that makes a value anew, where it has NNX objects in it."""
+    if _is_node(value):
+        definition, state = nnx.split(value)
+        return lambda: nnx.merge(definition, jax.tree.map(lambda x: x, state))
+    if type(value) is dict:  # JAX takes those alone whose keys can be sorted
+        made = {key: _copier(part) for key, part in value.items()}
+        return lambda: {key: make() for key, make in made.items()}
+    parts, structure = jax.tree.flatten(value, is_leaf=lambda x: _is_node(x) or type(x) is dict)
+    if len(parts) == 1 and parts[0] is value:
+        return lambda: value
+    makers = list(map(_copier, parts))
+    return lambda: jax.tree.unflatten(structure, [make() for make in makers])
