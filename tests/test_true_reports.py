@@ -121,6 +121,36 @@ def printed(m, x):
     return layer(x.mean((1, 2)))
 
 
+def shared_with_a_query(m, x):
+    layer = nn.Dense(8, name="shared")
+    query, x = layer(param(m, "query", (1, 8))), layer(tokens_of(x))
+    return nn.Dense(5)(nn.relu(x * nn.sigmoid((x * query).sum(-1, keepdims=True))).mean(1))
+
+
+def shared_with_a_prompt(m, x):
+    conv, dense = nn.Conv(4, (3, 3), 4), nn.Dense(8)
+    prompt, x = (
+        dense(conv(y).mean((1, 2))) for y in (param(m, "prompt", (1, 8, 8, 8)), x)
+    )  # fmt: skip
+    return nn.Dense(5)(x * nn.sigmoid(prompt))
+
+
+def recurrent(m, x):
+    cell, x = nn.GRUCell(8, name="cell"), x.mean((1, 2))
+    state = jnp.zeros_like(x)
+    for _ in range(2):
+        state, y = cell(state, x)
+    return nn.Dense(5)(y)
+
+
+def first_of_zeros(m, x):
+    layer, x = nn.Dense(8, name="shared"), x.mean((1, 2))
+    state = jnp.zeros_like(x)
+    for _ in range(2):
+        state = nn.tanh(x + layer(state))
+    return nn.Dense(5)(state)
+
+
 MODELS = {
     "a head used twice": (head_twice, {}),
     "positions looked up": (positions_by_ids, {"pos_enc": 1}),
@@ -137,6 +167,10 @@ MODELS = {
     "named axes": (several_axes, {"bn": 1, "glob_avg": 1}),
     "a tied table": (tied, {}),
     "a callback": (printed, {}),
+    "a layer of a query too": (shared_with_a_query, {"bias": 2}),
+    "layers of a prompt too": (shared_with_a_prompt, {"bias": 3}),
+    "a layer of zeros first": (first_of_zeros, {"bias": 2}),
+    "a recurrent cell": (recurrent, {}),
 }
 
 LEFT = {
@@ -152,6 +186,8 @@ LEFT = {
         "MultiHeadDotProductAttention_0/query/kernel": "image by image",
         "MultiHeadDotProductAttention_0/query/bias": "combined with",
     },
+    "a layer of a query too": {"query": "combined with shared/kernel"},
+    "layers of a prompt too": {"prompt": "a scale without a norm"},
     "a tied table": {
         "unused/kernel": "does not reach the output",
         "unused/bias": "does not reach the output",
@@ -276,6 +312,13 @@ def test_named_axes_are_bound(ghn):
     jax.tree.map(np.testing.assert_array_equal, *found)
     graphs = [ghn_jax.model_graph(SynchronisedNnx(axis), IMAGES) for axis in ("batch", None)]
     np.testing.assert_array_equal(graphs[0].edges, graphs[1].edges)
+
+
+@pytest.mark.parametrize("axis", ["data-parallel", "my axis", "dp.inner", "a. To", ("a-b", "a b")])
+def test_any_text_names_an_axis(axis):
+    plain = ghn_jax.model_graph(Synchronised(None), IMAGES)
+    for model in (Synchronised(axis), SynchronisedNnx(axis)):
+        np.testing.assert_array_equal(ghn_jax.model_graph(model, IMAGES).edges, plain.edges)
 
 
 def test_names_that_are_not_axes_stay_errors(ghn):

@@ -26,12 +26,19 @@ def bind_axes(call: Callable) -> Callable:
             try:
                 return _call(call, names, args)
             except NameError as error:
-                missing = re.search(r"unbound axis name: (\w+)", str(error))
-                if missing is None or missing[1] in names:
+                missing = next((name for name in _missing(str(error)) if name not in names), None)
+                if missing is None:
                     raise
-                names.append(missing[1])
+                names.append(missing)
 
     return bound
+
+
+def _missing(error: str) -> list[str]:
+    """Names that JAX may mean: any text is a name, and what follows it differs by version."""
+    told = (r"unbound axis name: (.+?)\. To fix", r"unbound axis name: (.+)", r"axis name: (\w+)")
+    found = [re.search(how, error) for how in told]
+    return [match[1] for match in found if match and "unbound axis name" in error]
 
 
 def _call(call: Callable, names: list[str], args: tuple):
