@@ -1,5 +1,7 @@
 """Reports are true: what "does not reach the output" has a zero gradient, all else has none."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -319,6 +321,42 @@ def test_any_text_names_an_axis(axis):
     plain = ghn_jax.model_graph(Synchronised(None), IMAGES)
     for model in (Synchronised(axis), SynchronisedNnx(axis)):
         np.testing.assert_array_equal(ghn_jax.model_graph(model, IMAGES).edges, plain.edges)
+
+
+@dataclasses.dataclass(frozen=True)
+class Returned:
+    """A class that JAX does not know."""
+
+    logits: jax.Array
+    name: str
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda y: {"logits": y, "name": "a", "none": None, "size": 3},
+        lambda y: Returned(y, "a"),
+        lambda y: [Returned(y, "a"), {"b": (y, np.ones(2))}],
+    ],
+)
+def test_what_models_with_named_axes_return(container):
+    def call(x):
+        return container(jax.lax.psum(jax.lax.pmean(x, "my axis"), "other"))
+
+    x = jnp.arange(3.0)
+    found = bind_axes(call)(x)
+    assert str(found) == str(container(x))
+
+
+def test_named_axes_and_a_class_that_jax_does_not_know():
+    class Opaque:
+        def __init__(self, y):
+            self.y = y
+
+    with pytest.raises(
+        ValueError, match="returns an object of Opaque; allowed.*register_pytree_node_class"
+    ):
+        bind_axes(lambda x: Opaque(jax.lax.pmean(x, "batch")))(jnp.ones(3))
 
 
 def test_names_that_are_not_axes_stay_errors(ghn):
