@@ -81,6 +81,22 @@ def resized_features(m, x):
     return nn.Dense(5)(nn.relu(x).mean((1, 2)))
 
 
+def repeated_features(m, x):
+    x = nn.Conv(8, (3, 3), use_bias=False)(x)
+    x = nn.relu(jnp.repeat(jnp.repeat(x, 2, 1), 3, 2))
+    return nn.Dense(5)(tokens_of(x).mean(1))
+
+
+def repeated_positions(m, x):
+    table = jnp.repeat(jnp.repeat(param(m, "positions", (1, 4, 4, 8)), 2, 1), 2, 2)
+    return nn.Dense(5)(nn.relu(nn.Conv(8, (3, 3), use_bias=False)(x) + table).mean((1, 2)))
+
+
+def rows_and_columns(m, x):
+    table = (param(m, "rows", (8, 1, 8)) + param(m, "columns", (1, 8, 8))).reshape(64, 8)
+    return nn.Dense(5)(nn.relu(tokens_of(nn.Conv(8, (3, 3), use_bias=False)(x)) + table).mean(1))
+
+
 def class_attention(m, x):
     x = tokens_of(nn.Conv(8, (3, 3))(x))
     token = jnp.broadcast_to(param(m, "token", (1, 1, 8)), (2, 1, 8))
@@ -162,6 +178,9 @@ MODELS = {
     "positions resized to the nearest": (resized_positions("nearest"), {"pos_enc": 1, "bias": 2}),
     "tokens resized": (resized_tokens, {"pos_enc": 1, "bias": 2}),
     "features resized": (resized_features, {"glob_avg": 1, "bias": 1}),
+    "features repeated": (repeated_features, {"glob_avg": 1, "bias": 1}),
+    "positions repeated": (repeated_positions, {"pos_enc": 1, "bias": 1, "glob_avg": 1}),
+    "positions of rows and columns": (rows_and_columns, {"pos_enc": 1, "bias": 1, "glob_avg": 1}),
     "a class token with residuals": (class_attention, {"msa": 2, "bias": 9, "sum": 1}),
     "heads added up": (summed_heads, {"sum": 1, "bias": 3}),
     "heads stacked": (stacked_heads, {"bias": 4}),
@@ -179,6 +198,11 @@ LEFT = {
     "some positions looked up": {"positions/embedding": "a resize from 100 to 64 positions"},
     "positions resized": {"positions": "a linear map, such as a resize,"},
     "positions resized to the nearest": {"positions": "a resize from 49 to 64 positions"},
+    "positions repeated": {"positions": "a resize from 16 to 64 positions"},
+    "positions of rows and columns": {
+        "rows": "a resize from 8 to 64 positions",
+        "columns": "combined with rows",
+    },
     "tokens resized": {
         "positions": "concatenate",
         "token": "concatenated to activations",

@@ -22,7 +22,7 @@ from ghn_jax.tracing.abstract_values import (
     labels_of,
     looked_up_axes,
     product_axes,
-    regroup,
+    regroup_repeated,
     resize,
     spatial_axes,
     unknown_axes,
@@ -223,7 +223,9 @@ class Layers(Elementwise):
         axes = x.axes
         if name == "reshape":
             order = params["dimensions"] or range(len(axes))  # it may transpose first
-            axes = regroup([axes[i] for i in order], shape)
+            before = eqn.invars[0].aval.shape
+            sizes = [before[i] for i in order] if len(axes) == len(before) else [1] * len(axes)
+            axes = regroup_repeated([axes[i] for i in order], sizes, shape)
         elif name == "transpose":
             axes = tuple(axes[i] for i in params["permutation"])
         elif name == "squeeze":
