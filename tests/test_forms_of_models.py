@@ -12,7 +12,7 @@ from flax import nnx
 from flax.core import FrozenDict, freeze, unfreeze
 
 import ghn_jax
-from ghn_jax.tracing.model_graph import trace
+from ghn_jax.tracing.model_graph import trace, trace_once
 
 IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
@@ -69,8 +69,44 @@ def test_equal_arguments_are_not_the_same_call(ghn, first, second):
     assert [channels(model, first), channels(model, second)] in ([32, 16], [16, 32])
 
 
+@dataclasses.dataclass(frozen=True)
+class Width:
+    """Channels, of which neither `==` nor the text tells."""
+
+    channels: int = dataclasses.field(compare=False, repr=False)
+
+
+class Wide(nn.Module):
+    @nn.compact
+    def __call__(self, x, width):
+        channels = width[0] if isinstance(width, list) else width.channels
+        return nn.Dense(10)(nn.Conv(channels, (3, 3))(x).mean((1, 2)))
+
+
+def test_arguments_that_seem_equal_or_were_changed(ghn):
+    def channels(width):
+        found, _ = ghn_jax.predict_model(*ghn, model, IMAGES, width=width)
+        return found["params"]["Conv_0"]["bias"].size
+
+    model, listed = Wide(), [3]
+    assert [channels(Width(3)), channels(Width(5)), channels(listed)] == [3, 5, 3]
+    listed[0] = 5
+    assert channels(listed) == 5
+
+
+def test_a_model_is_traced_again_only_where_it_has_to_be():
+    model = Normed()
+    call = {"initial": None, "seed": 0}
+    first = trace_once(model, IMAGES, 1, **call, call={"wide": True})
+    assert trace_once(model, IMAGES, 1, **call, call={"wide": True}) is first
+    with flax.config.temp_flip_flag("return_frozendict", True):
+        frozen = trace_once(model, IMAGES, 1, **call, call={"wide": True})
+    assert isinstance(frozen.rebuild(frozen.leaves), FrozenDict)
+    assert not isinstance(first.rebuild(first.leaves), FrozenDict)
+
+
 class Reads(nn.Module):
-    """Reads values while it is called: as text, as an index, as a condition or by NumPy."""
+    """Reads values while it is called: as an index, as a condition, as a size, ..."""
 
     how: str
 
@@ -83,18 +119,41 @@ class Reads(nn.Module):
             x = x * (0.1, 0.2)[jnp.argmin(rates)]
         elif self.how == "condition":
             x = x if rates[0] > 1 else 2 * x
+        elif self.how == "text":
+            self.sow("intermediates", f"{rates[1]:.3f}", x)
+        elif self.how == "mask":
+            x = x * rates[rates > 0.3][0]
+        elif self.how == "slice":
+            x = x * rates[: jnp.argmin(rates) + 1][0]
+        elif self.how == "size":
+            x = x + jnp.zeros((jnp.argmin(rates) + 1, 1))
+        elif self.how == "shape":
+            x = x.reshape((1, jnp.argmin(rates) + 32, 32, 3))
         else:
             x = x * np.asarray(rates)[1]
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-@pytest.mark.parametrize("how", ["item", "index", "condition", "numpy"])
+HOW = ["item", "index", "condition", "numpy", "text", "mask", "slice", "size", "shape"]
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("initial", [False, True])
 def test_values_that_are_read_while_tracing(ghn, how, initial):
     model = Reads(how)
     given = {"initial": model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))} if initial else {}
     with pytest.raises(ValueError, match=r"Reads reads .* \(line \d+ of .*forms_of_models.*np.lin"):
         ghn_jax.predict_model(*ghn, model, IMAGES, **given)
+
+
+def test_other_errors_of_a_model_are_its_own(ghn):
+    class Broken(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(10)(x.mean((1, 2)) + None)
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        ghn_jax.predict_model(*ghn, Broken(), IMAGES)
 
 
 class Dropped(nnx.Module):
@@ -117,6 +176,43 @@ def test_random_numbers_given_to_the_call(ghn):
     still, _ = ghn_jax.predict_model(*ghn, Dropped(nnx.Rngs(0)), IMAGES, rngs=nnx.Rngs(7))
     np.testing.assert_array_equal(found.conv.kernel[...], still.conv.kernel[...])
     assert np.isfinite(found(jnp.ones(IMAGES.shape), rngs=rngs)).all()
+
+
+class Inside(nnx.Module):
+    """Takes random numbers, and a norm that it updates, somewhere in an argument."""
+
+    def __init__(self, rngs):
+        self.drop = nnx.Dropout(0.1)
+        self.head = nnx.Linear(3, 10, rngs=rngs)
+
+    def __call__(self, x, context, name=""):
+        x = self.drop(x.mean((1, 2)), rngs=context["random"][0])
+        return self.head(context["norm"](x) if name == "normed" else x)
+
+
+def test_random_numbers_and_modules_inside_of_arguments(ghn):
+    rngs, norm = nnx.Rngs(1), nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    context = {"random": [rngs, None], "norm": norm, "text": "a"}
+    _, report = ghn_jax.predict_model(
+        *ghn, Inside(nnx.Rngs(0)), IMAGES, context=context, name="normed"
+    )
+    assert len(report.predicted) == 2
+    assert rngs.default.count[...] == 0
+    assert not np.any(norm.mean[...])
+
+
+def test_updates_of_what_is_no_part_of_the_model(ghn):
+    norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    class Outside(nnx.Module):
+        def __init__(self):
+            self.head = nnx.Linear(3, 10, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.head(norm(x).mean((1, 2)))
+
+    with pytest.raises(ValueError, match=r"updates BatchStat \(line .*norm\(x\).*no part of the"):
+        ghn_jax.predict_model(*ghn, Outside(), IMAGES)
 
 
 # --- Outputs and arguments as models have them ----------------------------------------------------
@@ -196,6 +292,32 @@ def test_outputs_that_have_to_be_named(ghn):
         ghn_jax.predict_model(*ghn, Returning("list"), IMAGES, output="x")
     graph = ghn_jax.model_graph(Returning("list"), IMAGES, output=0)
     assert graph.param_shapes[graph.classifier[0]] == (6, 8)
+
+
+class Opaque:
+    """A class that JAX does not know."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+@pytest.mark.parametrize(
+    ("container", "named"),
+    [
+        (Opaque, "a value of the class Opaque, in which"),
+        (lambda x: (Opaque(x), None), r"class tuple \(with Opaque\)"),
+        (lambda x: None, "returns None"),
+    ],
+)
+@pytest.mark.parametrize("output", [None, "logits"])
+def test_outputs_that_jax_cannot_look_into(ghn, container, named, output):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return container(nn.Dense(10)(x.mean((1, 2))))
+
+    with pytest.raises(ValueError, match=f"{named}.*register_pytree_node_class"):
+        ghn_jax.predict_model(*ghn, Net(), IMAGES, output=output)
 
 
 def test_arguments_of_apply(ghn):

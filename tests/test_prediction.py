@@ -1,6 +1,7 @@
 """`predict`: every tensor in its place, and a report of all of them."""
 
 import json
+import re
 
 import flax.linen as nn
 import freeze_torchvision as frozen
@@ -350,9 +351,37 @@ def test_predictions_are_differentiable(ghn):
     assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, variables)
 
 
-def test_no_params(ghn):
-    with pytest.raises(ValueError, match="Small has no parameters"):
-        ghn_jax.predict_model(*ghn, Small(), IMAGES, initial={"batch_stats": {}})
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda v: v["params"], r"it has first, .*not 'params'; allowed.*initial=\{'params'"),
+        (lambda v: {"batch_stats": {}}, "it has batch_stats, not 'params'"),
+        (lambda v: {}, "it has nothing, not 'params'"),
+        (lambda v: (v, None), "initial is a tuple"),
+        (lambda v: nnx.Linear(3, 3, rngs=nnx.Rngs(0)), "initial is a Linear"),
+        (lambda v: {"params": v["params"]}, 'collection "batch_stats".*allowed: all'),
+        (lambda v: Small(5).init(jax.random.key(0), jnp.zeros((1, 32, 32, 1))), "not of this mod"),
+        (lambda v: nn.Dense(3).init(jax.random.key(0), jnp.zeros(3)), "Could not find parameter"),
+    ],
+)
+def test_initial_values_that_are_not_the_models(ghn, wrong, said):
+    variables = Small().init(jax.random.key(0), jnp.zeros(IMAGES.shape))
+    with pytest.raises(ValueError, match="(?s)^initial is .*allowed: all that") as error:
+        ghn_jax.predict_model(*ghn, Small(), IMAGES, initial=wrong(variables))
+    assert re.search(said, str(error.value))
+
+
+def test_hypernetworks_that_are_none(ghn):
+    model, variables = ghn
+    for given, said in (
+        ((variables, model), "ghn is a dict"),
+        ((type(model), variables), "ghn is the class GHN"),
+        ((ghn, Small()), "ghn is a tuple"),
+        ((model, variables["params"]), "ghn_variables is a dict of "),
+        ((model, None), "ghn_variables is a NoneType"),
+    ):
+        with pytest.raises(TypeError, match=f"{said}.*allowed"):
+            ghn_jax.predict_model(*given, Small(), IMAGES)
 
 
 # --- What is filled with one number on purpose ----------------------------------------------------
@@ -392,6 +421,58 @@ def test_what_is_constant_on_purpose_is_left(ghn, given):
         *ghn, Adapted(), IMAGES, initial=initial, predict_constants=True, strict=True
     )
     assert float(jnp.abs(all_of_it["params"]["lora_b"]).min()) > 0
+
+
+CONSTANT_INITIALIZERS = {
+    "NumPy": lambda key, shape, dtype: np.full(shape, 0.5, dtype),
+    "a deviation of 0": nn.initializers.normal(0.0),
+    "a product": lambda key, shape, dtype: 0.0 * jax.random.normal(key, shape, dtype),
+    "a tile": lambda key, shape, dtype: jnp.tile(jnp.zeros(shape[1:], dtype), (shape[0], 1)),
+    "parts": lambda key, shape, dtype: jnp.concatenate([jnp.ones((n, 10), dtype) for n in (1, 2)]),
+    "padding": lambda key, shape, dtype: jnp.pad(jnp.zeros((1, 10), dtype), ((0, 2), (0, 0))),
+    "an update": lambda key, shape, dtype: jnp.zeros(shape, dtype).at[0].set(0),
+    "a choice": lambda key, shape, dtype: jnp.where(
+        jax.random.bernoulli(key, 0.5, shape), jnp.zeros(shape, dtype), 0.0
+    ),
+}
+VARIED_INITIALIZERS = {
+    "NumPy": lambda key, shape, dtype: np.arange(30, dtype=dtype).reshape(shape),
+    "parts": lambda key, shape, dtype: jnp.concatenate([jnp.full((n, 10), n) for n in (1, 2)]),
+    "padding": lambda key, shape, dtype: jnp.pad(jnp.ones((1, 10), dtype), ((0, 2), (0, 0))),
+    "an update": lambda key, shape, dtype: jnp.zeros(shape, dtype).at[0].set(1),
+    "a product": lambda key, shape, dtype: 0.5 * jax.random.normal(key, shape, dtype),
+}
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("how", CONSTANT_INITIALIZERS)
+def test_constants_are_known_however_they_are_made(how, scanned):
+    """And are computed so: those that vary are not taken for constants."""
+
+    def constant(init):
+        class Turn(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x, nn.Dense(10, use_bias=False, kernel_init=init)(x)
+
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                turns = nn.scan(Turn, {"params": 0}, split_rngs={"params": True}, length=2)
+                x = x.mean((1, 2))
+                return turns()(x, None)[1].sum(0) if scanned else Turn()(x, None)[1]
+
+        traced = trace(Net(), IMAGES, 1, call={})
+        (value,) = traced.initial([0])
+        expected = Net().init(jax.random.key(0), jnp.zeros(IMAGES.shape))
+        np.testing.assert_allclose(value, jax.tree.leaves(expected)[0], rtol=1e-5)
+        return traced.constant(0), value
+
+    found, value = constant(CONSTANT_INITIALIZERS[how])
+    assert found is not None
+    np.testing.assert_array_equal(value, found)
+    if how in VARIED_INITIALIZERS:
+        assert constant(VARIED_INITIALIZERS[how])[0] is None
 
 
 def test_constants_of_stacks_and_of_nnx_modules(ghn):

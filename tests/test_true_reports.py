@@ -1,5 +1,7 @@
 """Reports are true: what "does not reach the output" has a zero gradient, all else has none."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,22 @@ def resized_features(m, x):
     return nn.Dense(5)(nn.relu(x).mean((1, 2)))
 
 
+def repeated_features(m, x):
+    x = nn.Conv(8, (3, 3), use_bias=False)(x)
+    x = nn.relu(jnp.repeat(jnp.repeat(x, 2, 1), 3, 2))
+    return nn.Dense(5)(tokens_of(x).mean(1))
+
+
+def repeated_positions(m, x):
+    table = jnp.repeat(jnp.repeat(param(m, "positions", (1, 4, 4, 8)), 2, 1), 2, 2)
+    return nn.Dense(5)(nn.relu(nn.Conv(8, (3, 3), use_bias=False)(x) + table).mean((1, 2)))
+
+
+def rows_and_columns(m, x):
+    table = (param(m, "rows", (8, 1, 8)) + param(m, "columns", (1, 8, 8))).reshape(64, 8)
+    return nn.Dense(5)(nn.relu(tokens_of(nn.Conv(8, (3, 3), use_bias=False)(x)) + table).mean(1))
+
+
 def class_attention(m, x):
     x = tokens_of(nn.Conv(8, (3, 3))(x))
     token = jnp.broadcast_to(param(m, "token", (1, 1, 8)), (2, 1, 8))
@@ -121,6 +139,36 @@ def printed(m, x):
     return layer(x.mean((1, 2)))
 
 
+def shared_with_a_query(m, x):
+    layer = nn.Dense(8, name="shared")
+    query, x = layer(param(m, "query", (1, 8))), layer(tokens_of(x))
+    return nn.Dense(5)(nn.relu(x * nn.sigmoid((x * query).sum(-1, keepdims=True))).mean(1))
+
+
+def shared_with_a_prompt(m, x):
+    conv, dense = nn.Conv(4, (3, 3), 4), nn.Dense(8)
+    prompt, x = (
+        dense(conv(y).mean((1, 2))) for y in (param(m, "prompt", (1, 8, 8, 8)), x)
+    )  # fmt: skip
+    return nn.Dense(5)(x * nn.sigmoid(prompt))
+
+
+def recurrent(m, x):
+    cell, x = nn.GRUCell(8, name="cell"), x.mean((1, 2))
+    state = jnp.zeros_like(x)
+    for _ in range(2):
+        state, y = cell(state, x)
+    return nn.Dense(5)(y)
+
+
+def first_of_zeros(m, x):
+    layer, x = nn.Dense(8, name="shared"), x.mean((1, 2))
+    state = jnp.zeros_like(x)
+    for _ in range(2):
+        state = nn.tanh(x + layer(state))
+    return nn.Dense(5)(state)
+
+
 MODELS = {
     "a head used twice": (head_twice, {}),
     "positions looked up": (positions_by_ids, {"pos_enc": 1}),
@@ -130,6 +178,9 @@ MODELS = {
     "positions resized to the nearest": (resized_positions("nearest"), {"pos_enc": 1, "bias": 2}),
     "tokens resized": (resized_tokens, {"pos_enc": 1, "bias": 2}),
     "features resized": (resized_features, {"glob_avg": 1, "bias": 1}),
+    "features repeated": (repeated_features, {"glob_avg": 1, "bias": 1}),
+    "positions repeated": (repeated_positions, {"pos_enc": 1, "bias": 1, "glob_avg": 1}),
+    "positions of rows and columns": (rows_and_columns, {"pos_enc": 1, "bias": 1, "glob_avg": 1}),
     "a class token with residuals": (class_attention, {"msa": 2, "bias": 9, "sum": 1}),
     "heads added up": (summed_heads, {"sum": 1, "bias": 3}),
     "heads stacked": (stacked_heads, {"bias": 4}),
@@ -137,12 +188,21 @@ MODELS = {
     "named axes": (several_axes, {"bn": 1, "glob_avg": 1}),
     "a tied table": (tied, {}),
     "a callback": (printed, {}),
+    "a layer of a query too": (shared_with_a_query, {"bias": 2}),
+    "layers of a prompt too": (shared_with_a_prompt, {"bias": 3}),
+    "a layer of zeros first": (first_of_zeros, {"bias": 2}),
+    "a recurrent cell": (recurrent, {}),
 }
 
 LEFT = {
     "some positions looked up": {"positions/embedding": "a resize from 100 to 64 positions"},
     "positions resized": {"positions": "a linear map, such as a resize,"},
     "positions resized to the nearest": {"positions": "a resize from 49 to 64 positions"},
+    "positions repeated": {"positions": "a resize from 16 to 64 positions"},
+    "positions of rows and columns": {
+        "rows": "a resize from 8 to 64 positions",
+        "columns": "combined with rows",
+    },
     "tokens resized": {
         "positions": "concatenate",
         "token": "concatenated to activations",
@@ -152,6 +212,8 @@ LEFT = {
         "MultiHeadDotProductAttention_0/query/kernel": "image by image",
         "MultiHeadDotProductAttention_0/query/bias": "combined with",
     },
+    "a layer of a query too": {"query": "combined with shared/kernel"},
+    "layers of a prompt too": {"prompt": "a scale without a norm"},
     "a tied table": {
         "unused/kernel": "does not reach the output",
         "unused/bias": "does not reach the output",
@@ -276,6 +338,49 @@ def test_named_axes_are_bound(ghn):
     jax.tree.map(np.testing.assert_array_equal, *found)
     graphs = [ghn_jax.model_graph(SynchronisedNnx(axis), IMAGES) for axis in ("batch", None)]
     np.testing.assert_array_equal(graphs[0].edges, graphs[1].edges)
+
+
+@pytest.mark.parametrize("axis", ["data-parallel", "my axis", "dp.inner", "a. To", ("a-b", "a b")])
+def test_any_text_names_an_axis(axis):
+    plain = ghn_jax.model_graph(Synchronised(None), IMAGES)
+    for model in (Synchronised(axis), SynchronisedNnx(axis)):
+        np.testing.assert_array_equal(ghn_jax.model_graph(model, IMAGES).edges, plain.edges)
+
+
+@dataclasses.dataclass(frozen=True)
+class Returned:
+    """A class that JAX does not know."""
+
+    logits: jax.Array
+    name: str
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda y: {"logits": y, "name": "a", "none": None, "size": 3},
+        lambda y: Returned(y, "a"),
+        lambda y: [Returned(y, "a"), {"b": (y, np.ones(2))}],
+    ],
+)
+def test_what_models_with_named_axes_return(container):
+    def call(x):
+        return container(jax.lax.psum(jax.lax.pmean(x, "my axis"), "other"))
+
+    x = jnp.arange(3.0)
+    found = bind_axes(call)(x)
+    assert str(found) == str(container(x))
+
+
+def test_named_axes_and_a_class_that_jax_does_not_know():
+    class Opaque:
+        def __init__(self, y):
+            self.y = y
+
+    with pytest.raises(
+        ValueError, match="returns an object of Opaque; allowed.*register_pytree_node_class"
+    ):
+        bind_axes(lambda x: Opaque(jax.lax.pmean(x, "batch")))(jnp.ones(3))
 
 
 def test_names_that_are_not_axes_stay_errors(ghn):

@@ -16,6 +16,7 @@ import numpy as np
 # of activations are BATCH, SPACE, CHANNEL, LANE (layers side by side, of `vmap`) or UNKNOWN, of
 # parameters the axis of the tensor.
 BATCH, SPACE, CHANNEL, LANE, UNKNOWN = "bscl?"
+_REPEATED = "="  # while a value is reshaped: along it, all is the same
 Axes = tuple[tuple[tuple[Any, int], ...], ...]
 
 # A parameter, or a part of one that layers are stacked in: its number, and (axis, index) of each
@@ -158,6 +159,36 @@ def regroup(axes: Sequence, shape: Sequence[int]) -> Axes:
             return unknown_axes(shape)
         result.append(tuple(group))
     return tuple(result)
+
+
+def regroup_repeated(axes: Sequence, before: Sequence[int], shape: Sequence[int]) -> Axes:
+    """As `regroup`, of a value that may be the same along some axes (it was broadcast).
+
+    What is repeated next to something lies along its axis: it is the same, laid out larger.
+
+    Args:
+      axes, before: of the value that is reshaped, and its shape.
+      shape: the new one.
+    """
+    repeated = [
+        axis or (((_REPEATED, n),) if n > 1 else ()) for axis, n in zip(axes, before, strict=True)
+    ]
+    return tuple(_absorbed(group) for group in regroup(repeated, shape))
+
+
+def _absorbed(group) -> tuple[tuple[Any, int], ...]:
+    """What lies along an axis, with repetitions as a part of their neighbours."""
+    found: list[tuple[Any, int]] = []
+    ahead = 1  # repetitions before all else
+    for label, n in group:
+        if label != _REPEATED:
+            found.append((label, n * ahead))
+            ahead = 1
+        elif found:
+            found[-1] = (found[-1][0], found[-1][1] * n)
+        else:
+            ahead *= n
+    return tuple(found)
 
 
 def unknown_axes(shape: Sequence[int]) -> Axes:

@@ -236,7 +236,7 @@ class Elementwise(Findings):
             name=self.name_of(p.key),
             weight=p.key,
         )
-        if skip > 1:
+        if skip > 1 and not p.changed:
             self.leave(p, f"{positions} positions {said_of(where)} are no square grid")
         else:
             roles = {axis: "s" if label == SPACE else "c" for axis, label in along.items()}

@@ -56,6 +56,7 @@ class Findings:
       names, shapes: of the parameters.
       roles: parameter -> its placement by each row that uses it, in order; `node` is the row.
       reasons: parameter -> why no node makes it.
+      tokens: parameters that are concatenated to activations, or multiplied with parameters.
       products: rows of products of activations that are no part of attention so far -> where.
     """
 
@@ -64,6 +65,7 @@ class Findings:
         self.names, self.shapes = names, shapes
         self.roles: dict[int, list[Placement]] = {}
         self.reasons: dict[int, str] = {}
+        self.tokens: set[int] = set()
         self.products: dict[int, str] = {}
         self._notes: dict[str, dict[str, None]] = {}
 
@@ -196,9 +198,10 @@ class Findings:
     def forget_tokens(self) -> None:
         """Leaves class tokens that something is added to, as a residual does: they are no biases.
 
-        What is added to activations and used otherwise as well, concatenated say, is a token.
+        A layer's bias that meets parameters alone as well (the layer is applied to zeros, or to a
+        learned query) stays one.
         """
-        tokens = self.roles.keys() & self.reasons.keys()
+        tokens = self.tokens & self.roles.keys() & self.reasons.keys()
         for row in self.flow.rows:
             if row.primitive == "bias" and row.weight and row.weight[0] in tokens:
                 self.roles.pop(row.weight[0], None)

@@ -28,9 +28,10 @@ def read_init(
       number that it is filled with, None where it is filled with several.
     """
     closed, shapes = jax.make_jaxpr(init, return_shape=True)(key)
+    known = _consts(closed)
 
     def constant(number: int) -> float | None:
-        return _number(closed.jaxpr, closed.jaxpr.outvars[number], {})
+        return _number(closed.jaxpr, closed.jaxpr.outvars[number], known)
 
     def filled(number: int) -> jax.Array | None:
         """Zeros, ones, ... without compiling a program for each shape of them."""
@@ -50,8 +51,33 @@ def read_init(
     return shapes, compute, constant
 
 
+def filled_with(value) -> float | None:
+    """The number that all elements of an array are; None where they vary, or are not known."""
+    if isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype"):
+        return None
+    if not isinstance(value, (np.ndarray, np.generic, jax.Array)) or value.size == 0:
+        return None
+    real = (np.integer, np.floating)
+    if not any(jax.dtypes.issubdtype(value.dtype, kind) for kind in real):  # random keys, say
+        return None
+    value = np.asarray(value)
+    return float(value.flat[0]) if (value == value.flat[0]).all() else None
+
+
+def _consts(closed) -> dict[Any, float | None]:
+    """What a jaxpr's constants are filled with, such as NumPy's zeros."""
+    return dict(zip(closed.jaxpr.constvars, (filled_with(v) for v in closed.consts), strict=True))
+
+
+# They keep their first operand's numbers, ...
 _LAID_OUT = {
     "broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose",
+    "slice", "dynamic_slice", "split", "unstack", "rev", "tile",
+}  # fmt: skip
+# ... or have those of several, by the slice of operands that are no indices.
+_PUT_TOGETHER = {
+    "concatenate": slice(None), "stack": slice(None), "pad": slice(None),
+    "select_n": slice(1, None), "dynamic_update_slice": slice(2), "scatter": slice(0, None, 2),
 }  # fmt: skip
 _COMBINED = {"mul": np.multiply, "add": np.add, "sub": np.subtract, "div": np.divide}
 
@@ -70,13 +96,21 @@ def _number(jaxpr, atom, known: Mapping) -> float | None:
         return _number(jaxpr, eqn.invars[0], known)
     if name in _COMBINED:
         values = [_number(jaxpr, v, known) for v in eqn.invars]
+        if name == "mul" and 0 in values:  # random numbers times a deviation of 0
+            return 0.0
         return None if None in values else float(_COMBINED[name](*values))
+    if name in _PUT_TOGETHER:
+        several = {_number(jaxpr, v, known) for v in eqn.invars[_PUT_TOGETHER[name]]}
+        return several.pop() if len(several) == 1 else None
     if inner is None:
         return None
-    inputs = {}
-    if name != "scan":
-        pairs = zip(inner.jaxpr.invars, eqn.invars, strict=False)
-        inputs = {v: _number(jaxpr, outer, known) for v, outer in pairs}
-    elif eqn.outvars.index(atom) < scan_sizes(eqn)[1]:
-        return None
+    carry = range(0)
+    if name == "scan":
+        first, carried = scan_sizes(eqn)
+        if eqn.outvars.index(atom) < carried:
+            return None
+        carry = range(first, first + carried)
+    inputs = _consts(inner)
+    for i, (v, outer) in enumerate(zip(inner.jaxpr.invars, eqn.invars, strict=False)):
+        inputs[v] = None if i in carry else _number(jaxpr, outer, known)
     return _number(inner.jaxpr, inner.jaxpr.outvars[eqn.outvars.index(atom)], inputs)

@@ -22,7 +22,7 @@ from ghn_jax.tracing.abstract_values import (
     labels_of,
     looked_up_axes,
     product_axes,
-    regroup,
+    regroup_repeated,
     resize,
     spatial_axes,
     unknown_axes,
@@ -42,6 +42,7 @@ class Layers(Elementwise):
         if isinstance(x, (Constant, Parameter)) or not isinstance(p, Parameter):
             if not isinstance(p, Constant):
                 self.note("the kernel of a convolution in {} is computed; no node makes it", where)
+            self._multiplied(x, p)
             x = self.elementwise("conv", [x, p], [], shape, where)
             if isinstance(x, (Constant, Parameter)):
                 return x
@@ -92,9 +93,18 @@ class Layers(Elementwise):
             return Activation(row, (*batch_axes, *x_free, *p_free), fresh=True)
         if data:
             return dataclasses.replace(data[0], axes=axes)
+        self._multiplied(a, b)
         of = "dot_general" if len(parameters) == 2 else "a linear map, such as a resize,"
         mixed = self.elementwise(of, [a, b], [], shape, where)
         return dataclasses.replace(mixed, axes=axes)
+
+    def _multiplied(self, a: Value, b: Value) -> None:
+        """Of two parameters, as of a kernel and a token, either may be the larger: both are noted.
+
+        No kernel is taken for a bias, so that it does no harm.
+        """
+        if isinstance(a, Parameter) and isinstance(b, Parameter):
+            self.tokens |= {a.leaf, b.leaf}
 
     def _dense(self, x: Value, p: Parameter, contract, batch, where: str):
         x = self.activation(x)
@@ -180,6 +190,7 @@ class Layers(Elementwise):
             first = self.elementwise("concatenate", parameters, [], shape, where)
             return dataclasses.replace(first, changed="concatenate", axes=axes)
         for p in parameters:
+            self.tokens.add(p.leaf)
             self.leave(p, f"concatenated to activations {said_of(where)}, as class tokens are")
         if all(isinstance(x, Statistic) for x in data) and len({x.row for x in data}) == 1:
             if stacked:  # of windows: adaptive pooling
@@ -212,7 +223,9 @@ class Layers(Elementwise):
         axes = x.axes
         if name == "reshape":
             order = params["dimensions"] or range(len(axes))  # it may transpose first
-            axes = regroup([axes[i] for i in order], shape)
+            before = eqn.invars[0].aval.shape
+            sizes = [before[i] for i in order] if len(axes) == len(before) else [1] * len(axes)
+            axes = regroup_repeated([axes[i] for i in order], sizes, shape)
         elif name == "transpose":
             axes = tuple(axes[i] for i in params["permutation"])
         elif name == "squeeze":

@@ -8,10 +8,13 @@ A model is traced with shapes only: nothing is executed, whatever its size.
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import flax
@@ -21,14 +24,17 @@ import numpy as np
 from flax import nnx
 
 from ghn_jax.deepnets1m.graph import Graph
-from ghn_jax.tracing.given import check_variables, with_collection
-from ghn_jax.tracing.initial_values import read_init
+from ghn_jax.tracing.given import check_variables, copied_nodes, with_collection
+from ghn_jax.tracing.initial_values import filled_with, read_init
 from ghn_jax.tracing.jaxpr_graph import Reading, read_graph
 from ghn_jax.tracing.named_axes import bind_axes
 from ghn_jax.tracing.outputs import choose_output
 
-# Of JAX's settings, those that decide on types and initial values.
-_SETTINGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
+# Of the settings of JAX and Flax, those that decide on types, initial values and trees.
+_SETTINGS = (
+    (jax.config, ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")),
+    (flax.config, ("flax_return_frozendict", "flax_fix_rng_separator", "flax_array_ref")),
+)
 
 
 class TracedModel(NamedTuple):
@@ -123,6 +129,8 @@ def unwrap(model, initial: Mapping | None):
     module = getattr(model, "module", None)
     if not isinstance(module, nn.Module):
         return model, initial
+    if initial is not None and not isinstance(initial, Mapping):
+        return module, initial
     if initial is None:
         try:
             initial = model.params
@@ -131,25 +139,50 @@ def unwrap(model, initial: Mapping | None):
     return module, initial if "params" in initial else {"params": initial}
 
 
+_READS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+def _reads_values(error: Exception) -> bool:
+    """Whether a value is read: sizes and slices, and numbers written out, have no error of JAX."""
+    text = str(error)
+    wanted = re.search(r"\b(concrete|static)\b|__format__", text)
+    return isinstance(error, _READS) or bool(re.search("Trace[rd]", text) and wanted)
+
+
 @contextlib.contextmanager
 def _values_are_not_read(model):
-    """Says what to change where a model reads the values of arrays while it is traced."""
+    """Says what to change where a model cannot be traced: it reads values, or updates others'."""
     try:
         yield
-    except (
-        jax.errors.ConcretizationTypeError,
-        jax.errors.TracerArrayConversionError,
-        jax.errors.TracerIntegerConversionError,
-    ) as error:
-        libraries = tuple(str(Path(str(module.__file__)).parent) for module in (jax, flax))
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if not f.filename.startswith(libraries)]
-        where = f" (line {own[-1].lineno} of {own[-1].filename}: {own[-1].line})" if own else ""
+    except flax.errors.TraceContextError as error:
+        updated = re.search(r"Cannot \w+ (\w+)", str(error))
         raise ValueError(
-            f"{type(model).__name__} reads the value of an array while it is called{where}; "
-            "jax.jit could not run it either. Compute such numbers with NumPy (np.linspace for "
-            "jnp.linspace), or give them to the model when it is made"
+            f"the call of {type(model).__name__} updates {updated[1] if updated else 'a variable'}"
+            f"{_line_of(error)}, which is no part of the model; make it one (self.norm = ..., "
+            "self.rngs = ...), or give it to the call as an argument, by itself or in dicts, "
+            "lists and tuples"
         ) from error
+    except (TypeError, IndexError) as error:
+        if not _reads_values(error):
+            raise
+        raise ValueError(
+            f"{type(model).__name__} reads the value of an array while it is called"
+            f"{_line_of(error)}; jax.jit could not run it either. Compute such numbers with NumPy "
+            "(np.linspace for jnp.linspace), or give them to the model when it is made"
+        ) from error
+
+
+def _line_of(error: Exception) -> str:
+    """The line of the user's own code where an error came up."""
+    libraries = tuple(str(Path(str(module.__file__)).parent) for module in (jax, flax))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(libraries)]
+    return f" (line {own[-1].lineno} of {own[-1].filename}: {own[-1].line})" if own else ""
 
 
 class _Identity:
@@ -165,18 +198,41 @@ class _Identity:
         return id(self.value)
 
 
-class _Shown(NamedTuple):
-    """A value and how it is written."""
+def _argument_key(value):
+    """What is the same for arguments that are the same to a model, and for these alone.
 
-    value: Any
-    text: str
+    `==` will not do: True == 1, and classes say themselves what is equal, or how it is written.
+
+    Raises:
+      TypeError: the argument is none of which that can be told, as it may change.
+    """
+    if isinstance(value, (type, FunctionType, enum.Enum)):
+        return _Identity(value)
+    if type(value) in (str, int, float, bool, type(None)):
+        return type(value), repr(value)
+    if type(value) in (tuple, list):
+        return type(value), tuple(_argument_key(part) for part in value)
+    raise TypeError(f"{type(value).__name__} is no key")
+
+
+class _Call:
+    """Arguments of a call, as a key; see `_argument_key`."""
+
+    def __init__(self, call: Mapping[str, Any]):
+        self.call = dict(call)
+        self._key = tuple((name, _argument_key(call[name])) for name in sorted(call))
+
+    def __eq__(self, other):
+        return self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
 
 
 @functools.lru_cache(maxsize=8)
-def _trace_linen_once(model: _Identity, sample, virtual_edges, seed, output, call, settings):
+def _trace_linen_once(model: _Identity, sample, virtual_edges, seed, output, call: _Call, settings):
     del settings
-    call = {name: option.value for name, option in call}
-    return _trace_linen(model.value, sample, virtual_edges, None, seed, output, call)
+    return _trace_linen(model.value, sample, virtual_edges, None, seed, output, call.call)
 
 
 def trace_once(
@@ -188,12 +244,12 @@ def trace_once(
     traced again.
     """
     if isinstance(model, nn.Module) and initial is None:
-        settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
-        # As text, too: True and 1 are equal, and not the same to a model.
-        shown = tuple((name, _Shown(call[name], repr(call[name]))) for name in sorted(call))
+        settings = tuple(
+            getattr(config, name, None) for config, names in _SETTINGS for name in names
+        )
         sizes = _check_sample(sample), virtual_edges
-        key = _Identity(model), *sizes, seed, output, shown, settings
         try:
+            key = _Identity(model), *sizes, seed, output, _Call(call), settings
             hash(key)
         except TypeError:  # an argument of the call, say an array
             pass
@@ -203,9 +259,42 @@ def trace_once(
     return trace(model, sample, virtual_edges, **options, call=call)
 
 
+_ALLOWED_INITIAL = "allowed: all that model.init gives, {'params': {...}, 'batch_stats': {...}}"
+
+
 def _trace_linen(model, sample, virtual_edges, initial, seed, output, call) -> TracedModel:
-    with _values_are_not_read(model):
+    with _values_are_not_read(model), _initial_fits(model, initial):
         return _trace_variables(model, sample, virtual_edges, initial, seed, output, call)
+
+
+@contextlib.contextmanager
+def _initial_fits(model, initial):
+    """Says so where the variables given are not a model's."""
+    if initial is None:
+        yield
+        return
+    name = type(model).__name__
+    if not isinstance(initial, Mapping):
+        raise ValueError(f"initial is a {type(initial).__name__}; {_ALLOWED_INITIAL}")
+    if not isinstance(initial.get("params"), Mapping):
+        keys = ", ".join(map(str, [*initial][:5])) or "nothing"
+        raise ValueError(
+            f"initial is not of this model ({name}): it has {keys}, not 'params'; "
+            f"{_ALLOWED_INITIAL}. Parameters alone are initial={{'params': ...}}"
+        )
+    try:
+        yield
+    except (
+        flax.errors.ScopeParamNotFoundError,
+        flax.errors.ScopeParamShapeError,
+        flax.errors.ScopeCollectionNotFound,
+        flax.errors.ScopeVariableNotFoundError,
+        flax.errors.ModifyScopeVariableError,
+    ) as error:
+        raise ValueError(
+            f"initial is not of this model ({name}) called with this sample and these arguments: "
+            f"{str(error).partition(' (https')[0]} {_ALLOWED_INITIAL}"
+        ) from error
 
 
 def _trace_variables(model, sample, virtual_edges, initial, seed, output, call) -> TracedModel:
@@ -284,13 +373,11 @@ def _trace_nnx(model, sample, virtual_edges, output, call) -> TracedModel:
     if not leaves:
         raise ValueError(f"{type(model).__name__} has no nnx.Param; nothing to predict")
 
-    # Random numbers given to the call: of its own, as the trace changes their counts.
-    graphs = {n: nnx.split(v) for n, v in call.items() if isinstance(v, (nnx.Module, nnx.Rngs))}
+    arguments = copied_nodes(call)
 
     def apply(params, rest, x):
-        own = {name: nnx.merge(graph, _copy(state)) for name, (graph, state) in graphs.items()}
         module = nnx.merge(definition, _copy(params), _copy(rest))  # of this trace, to be updated
-        return choose_output(module(x, **{**call, **own}), output)
+        return choose_output(module(x, **arguments()), output)
 
     def initial(wanted):
         abstract = [paths[i] for i in wanted if isinstance(leaves[i], jax.ShapeDtypeStruct)]
@@ -317,11 +404,7 @@ def _constants(leaves: Sequence) -> Callable[[int], float | None]:
 
     def constant(leaf: int) -> float | None:
         value = leaves[leaf]
-        if not isinstance(value, (np.ndarray, jax.Array)) or isinstance(value, jax.core.Tracer):
-            return None
-        value = np.asarray(value)
-        first = float(value.flat[0]) if value.size > 1 else None
-        return first if first is not None and (value == value.flat[0]).all() else None
+        return filled_with(value) if np.size(value) > 1 else None
 
     @functools.cache
     def placeholders() -> bool:

@@ -21,6 +21,12 @@ def choose_output(returned, wanted: str | int | None):
       ValueError: there is no such array, or it has to be named.
     """
     arrays = dict(_arrays(returned, ""))
+    if not arrays:
+        raise ValueError(
+            f"the model returns {_named(returned)}, in which no array is found; allowed: an array, "
+            "or arrays in tuples, lists, dicts, dataclasses and classes that JAX knows. Return "
+            "such, or tell JAX of the class (jax.tree_util.register_pytree_node_class)"
+        )
     listed = ", ".join(f"{path!r} {tuple(x.shape)}" for path, x in arrays.items())
     if wanted is not None:
         if str(wanted) not in arrays:
@@ -39,6 +45,15 @@ def choose_output(returned, wanted: str | int | None):
         "in output='logits' or output=0, or turn the others off with a keyword of the model's call "
         "(train=False)"
     )
+
+
+def _named(value) -> str:
+    """None, or the class of a value and of what its parts are."""
+    if value is None:
+        return "None"
+    inside = {type(leaf).__name__ for leaf in jax.tree.leaves(value)} - {type(value).__name__}
+    what = f"a value of the class {type(value).__name__}"
+    return f"{what} (with {', '.join(sorted(inside))})" if inside else what
 
 
 def _arrays(value, path: str) -> Iterator[tuple[str, Any]]:

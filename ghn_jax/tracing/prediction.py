@@ -83,11 +83,12 @@ def predict_model(
       new module; the one given is not changed. And the report.
 
     Raises:
-      TypeError: the model is no Flax module.
+      TypeError: the model is no Flax module, or the hypernetwork is none.
       ValueError: the model cannot be traced (several outputs, of which none is named; parameters in
-        loops or branches that depend on values), no parameter belongs to a primitive, or `strict`
-        and some parameter is left.
+        loops or branches that depend on values; values that it reads), `initial` is not of the
+        model, no parameter belongs to a primitive, or `strict` and some parameter is left.
     """
+    _check_hypernetwork(ghn, ghn_variables)
     options = {"initial": initial, "seed": seed, "output": output}
     traced = trace_once(model, sample, ghn.virtual_edges, **options, call=call)
     reading = traced.reading
@@ -144,6 +145,23 @@ def predict_model(
             )
         )  # fmt: skip
     return traced.rebuild(ordered), PredictionReport(tuple(rows), tuple(notes), len(graph))
+
+
+def _check_hypernetwork(ghn, ghn_variables) -> None:
+    if not isinstance(ghn, GHN):
+        what = f"the class {ghn.__name__}" if isinstance(ghn, type) else f"a {type(ghn).__name__}"
+        raise TypeError(
+            f"ghn is {what}; allowed: a GHN, and then its variables, as in "
+            "predict_model(*ghn_jax.from_pretrained(path), model, sample)"
+        )
+    if not isinstance(ghn_variables, Mapping) or "params" not in ghn_variables:
+        what = f"a {type(ghn_variables).__name__}"
+        if isinstance(ghn_variables, Mapping):
+            what += f" of {', '.join(map(str, [*ghn_variables][:5])) or 'nothing'}"
+        raise TypeError(
+            f"ghn_variables is {what}; allowed: the hypernetwork's variables, {{'params': ...}}, "
+            "as ghn.init_variables(0) and ghn_jax.from_pretrained give them"
+        )
 
 
 # What tensors are filled with as a rule.
