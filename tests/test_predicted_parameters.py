@@ -37,8 +37,8 @@ def test_tensors_and_first_kernel_of_a_network():
     arch = Architecture(Genotype(EDGES, (2,), EDGES, (2,)), 2, C=8)
     graph, params = build_graph(arch, 1), random_parameters(build_network(arch), 32, seed=0)
     shape = (8, 1, 3, 3)
-    params["stem_0"]["kernel"] = np.where(np.arange(3 * 3 * 3 * 8) < 54, 0.049, -0.06).reshape(
-        3, 3, 3, 8
+    params["stem_0"]["kernel"] = np.where(np.arange(3 * 3 * 3 * 24) < 162, 0.049, -0.06).reshape(
+        3, 3, 3, 24
     )
     found, share = experiment.look_at(graph, params, shape)
     assert share == pytest.approx(0.25)
@@ -49,6 +49,8 @@ def test_tensors_and_first_kernel_of_a_network():
     ]
     assert {x.tobytes() for x in found} == {x.tobytes() for x in expected}
     assert len(found) > 1
+    with pytest.raises(ValueError, match="of the network is .48, 3, 3, 3.*give the --width"):
+        experiment.look_at(build_graph(arch.replace(C=16), 1), params, shape)
 
 
 def test_by_the_command_with_trained_parameters(tmp_path, monkeypatch, capsys):

@@ -366,7 +366,9 @@ def test_metrics_have_one_record_for_each_update(runs):
     keys = ["step", "loss", "top1", "grad_norm", "seconds", "waited", "nodes", "architectures",
             "compilations"]  # fmt: skip
     assert all(list(r) == keys for r in found)
-    assert all(0 < r["waited"] < r["seconds"] for r in found)
+    # An update is read while the next one waits, so that single ones may wait for longer.
+    assert all(r["waited"] > 0 for r in found)
+    assert sum(r["waited"] for r in found) < sum(r["seconds"] for r in found)
     assert all(0 < r["grad_norm"] < 1000 for r in found)
     assert [r["architectures"] for r in found] == [2, 4, 6, 8]
     assert found[0]["nodes"] == sum(len(GHN().graph(a, image_size=SIZE)) for a in ARCHITECTURES[:2])

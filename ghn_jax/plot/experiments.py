@@ -224,6 +224,8 @@ def pareto_figure(
         label="Pareto front",
     )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("parameters, millions")
     axes.set_ylabel("predicted accuracy, %")
     axes.legend(loc="lower right", frameon=False)

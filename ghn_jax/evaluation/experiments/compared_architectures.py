@@ -153,7 +153,11 @@ def run(config: Config) -> list[dict]:
             bar = tqdm(items, desc=f"{method}, {what}", leave=False, dynamic_ncols=True)
             return embed_graphs(ghn, variables, map(graph, bar))
 
-        make = functools.partial(ghn.graph, image_size=config.image_size)
+        # Not `ghn.graph`: no parameters are made, so that kernels and grids may be of any size.
+        make = functools.partial(
+            build_graph, virtual_edges=ghn.virtual_edges, num_classes=ghn.num_classes,
+            image_size=config.image_size,
+        )  # fmt: skip
         found = {split: embed(some, make, split) for split, some in sets.items()}
         graphs = _named_graphs(ghn.virtual_edges, config.image_size)
         first, *others = embed(graphs, lambda graph: graph, "named")

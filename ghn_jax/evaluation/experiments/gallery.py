@@ -152,7 +152,6 @@ EXHIBITS = (
         "compared-architectures", "Tables 10 and 11, Fig. 12", "Distances of architectures",
         "From ResNet-50, by GHN-2: ResNet-34 1.0, without skips 1.3, ViT 3.1. The test split is "
         "the nearest to training for GHN-2 only.",
-        options={"image_size": 16},
     ),
     Exhibit(
         "predicted-parameters", "Table 12", "Diversity and sparsity of predicted parameters",

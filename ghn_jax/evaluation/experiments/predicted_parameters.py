@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,18 @@ class Config:
     trained: Path | None = None  # folder of `trained-networks --keep-parameters`
     splits: tuple[str, ...] = ("val", "test")  # of these, all networks
     networks: int | None = None  # of each split; default: all
+    width: int | None = None  # initial channels of all of them; default: each its own
     shape: tuple[int, int, int, int] = SHAPE  # of the tensors that are compared
     image_size: int = 32  # of the images, in pixels
     out: Path = Path("runs/predicted_parameters")  # folder for records and the table
 
 
 def quick() -> Config:
-    """15 networks of each split: a minute or two on two cores."""
-    return Config(networks=15, out=Path("runs/quick/predicted_parameters"))
+    """24 `test` networks, as narrow as `trained-networks --quick` trains them: a minute or two."""
+    return Config(
+        splits=("test",), networks=24, width=8, shape=(32, 1, 3, 3),
+        out=Path("runs/quick/predicted_parameters"),
+    )  # fmt: skip
 
 
 def diversity(tensors: np.ndarray) -> float:
@@ -96,13 +101,23 @@ def look_at(graph: Graph, params: Mapping, shape: Sequence[int]) -> tuple[list[n
 
     Returns:
       Those tensors, flat, and the sparsity of the first kernel.
+
+    Raises:
+      ValueError: the parameters are of a network of another width.
     """
     kernels = [n for n, s in enumerate(graph.param_shapes) if s is not None and len(s) == 4]
     kernels = [n for n in kernels if graph.names[n].endswith(".weight")]
+    first = _kernel(graph, kernels[0], params)
+    expected = graph.param_shapes[kernels[0]]
+    if first.size != math.prod(expected or ()):
+        raise ValueError(
+            f"{graph.names[kernels[0]]} has the shape {first.shape}, but that of the network is "
+            f"{expected}, channels first; give the --width that it was trained with"
+        )
     found = [
         _kernel(graph, n, params).ravel() for n in kernels if graph.param_shapes[n] == tuple(shape)
     ]
-    return found, sparsity(_kernel(graph, kernels[0], params))
+    return found, sparsity(first)
 
 
 def read_parameters(path: Path) -> dict:
@@ -152,7 +167,7 @@ def networks(config: Config) -> list[Named]:
     """Those whose parameters are looked at."""
     if config.networks is not None and config.networks < 1:
         raise ValueError(f"--networks is {config.networks}; allowed: 1 or more")
-    splits = (of_split(split, 0, config.networks) for split in config.splits)
+    splits = (of_split(s, 0, config.networks, width=config.width) for s in config.splits)
     return list(itertools.chain.from_iterable(splits))
 
 
