@@ -88,6 +88,18 @@ def test_the_page(tmp_path, monkeypatch):
         assert f'id="{exhibit.name}"' in page
 
 
+def test_what_was_made_before_stays_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "_experiment", experiment)
+    names = ("few-shot", "activations")
+    some = [dataclasses.replace(e, trained="") for e in EXHIBITS if e.name in names]
+    monkeypatch.setattr(gallery, "EXHIBITS", some)
+    config = Config(quick=True, ghn=(Path("runs/mine"),), out=tmp_path / "page")
+    for name in ("activations", "few-shot"):
+        gallery.run(dataclasses.replace(config, only=(name,)), report=lambda text: None)
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert re.findall(r'<h2 id="([^"]+)"', page) == [e.name for e in some]
+
+
 def test_what_cannot_work(tmp_path):
     with pytest.raises(ValueError, match="months; use `ghn-paper all --quick`"):
         gallery.run(Config(out=tmp_path / "no"))

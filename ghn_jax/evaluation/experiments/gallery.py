@@ -333,7 +333,13 @@ def run(config: Config, report: Callable[[str], None] = tqdm.write) -> None:
         raise ValueError(f"{page} is another page; give another --out")
     config.out.mkdir(parents=True, exist_ok=True)
     ghns = _hypernetworks(config)
-    sections, failed = [], []
+    failed = []
+    # What is there from before stays on the page.
+    sections = {
+        e.name: _section(e, config.out / e.name, "from before", "")
+        for e in EXHIBITS
+        if e not in exhibits and (config.out / e.name).is_dir()
+    }
     for exhibit in tqdm(exhibits, desc="experiments", unit="experiment", dynamic_ncols=True):
         start, problem = time.perf_counter(), ""
         report(f"\n{exhibit.place}: {exhibit.title}")
@@ -344,8 +350,9 @@ def run(config: Config, report: Callable[[str], None] = tqdm.write) -> None:
             failed.append(exhibit.name)
             report(traceback.format_exc())
         took = f"{time.perf_counter() - start:.0f} s"
-        sections.append(_section(exhibit, config.out / exhibit.name, took, problem))
-        write_beside(config.out / "index.html", _page(config, ghns, sections))
+        sections[exhibit.name] = _section(exhibit, config.out / exhibit.name, took, problem)
+        shown = [sections[e.name] for e in EXHIBITS if e.name in sections]
+        write_beside(config.out / "index.html", _page(config, ghns, shown))
     report(f"\nThe page: {os.fspath(config.out / 'index.html')}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the page says why")
