@@ -124,6 +124,7 @@ def test_nothing_is_compiled_for_another_network(engine):
     for n_cells in (6, 7):
         arch = ARCH.replace(n_cells=n_cells)
         state = make(engine, optimizer, arch, clip=5.0).init(start(arch))
+        engine.programs.wait()  # for those of the network before
         counter = CompilationCounter()
         make(engine, optimizer, arch, clip=5.0).step(state, *batch(0))
         made = counter.count
