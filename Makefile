@@ -38,7 +38,7 @@ test-browser: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet -e '.[web]' 'selenium>=4.20'
 	$(BIN)/python -m pytest -n 0 -m browser tests/test_web_browser.py
 
-# The engine on an accelerator, five minutes: is it right, and how fast? Writes gpu_check.json.
+# The engine on an accelerator, in minutes: is it right, and how fast? Writes gpu_check.json.
 gpu-check:
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu_check.py $(ARGS)
 

@@ -58,7 +58,7 @@ CHANGES: dict[str, dict] = {
     },
 }  # fmt: skip
 
-# Options of the demonstration that make an update take a tenth of the time.
+# Options of the demonstration that make an update take less time.
 NARROW = ("widths", "fc_dims", "n_cells", "nodes", "norm", "meta_batch", "batch_size")
 
 

@@ -378,7 +378,7 @@ def test_hypernetworks_that_are_none(ghn):
         ((type(model), variables), "ghn is the class GHN"),
         ((ghn, Small()), "ghn is a tuple"),
         ((model, variables["params"]), "ghn_variables is a dict of "),
-        ((model, None), "ghn_variables is a NoneType"),
+        ((model, None), "ghn_variables is None"),
     ):
         with pytest.raises(TypeError, match=f"{said}.*allowed"):
             ghn_jax.predict_model(*given, Small(), IMAGES)

@@ -6,8 +6,6 @@ training batches of statistics (`average_statistics`).
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -143,52 +141,6 @@ def _kept_elsewhere(variables: Mapping) -> Iterator[tuple[str, str, str, Any]]:
             yield "/".join(parts[:-1]), repr(collection), parts[-1], value
 
 
-def _bind_axes(call: Callable) -> Callable:
-    """`bind_axes` of a call that may return what JAX does not know: text, plain dataclasses."""
-
-    def bound(*args):
-        rebuild: list[Callable] = []
-
-        def arrays(*args):
-            found, again = _arrays_of(call(*args))
-            rebuild[:] = [again]
-            return found
-
-        found = bind_axes(arrays)(*args)
-        return rebuild[0](found)
-
-    return bound
-
-
-def _arrays_of(value) -> tuple[list[jax.Array], Callable[[Sequence], Any]]:
-    """All arrays in what a model returned, and a function that puts others in their places."""
-    leaves, structure = jax.tree.flatten(value)
-    parts: list[tuple[list, Callable]] = []
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array):
-            parts.append(([leaf], lambda found: found[0]))
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
-            found, fill = _arrays_of(fields)
-
-            def filled(found, leaf=leaf, fill=fill):
-                new = copy.copy(leaf)
-                for name, value in fill(found).items():
-                    object.__setattr__(new, name, value)  # frozen ones, too
-                return new
-
-            parts.append((found, filled))
-        else:
-            parts.append(([], lambda found, leaf=leaf: leaf))
-
-    def again(found: Sequence):
-        rest = iter(found)
-        made = [put([next(rest) for _ in arrays]) for arrays, put in parts]
-        return jax.tree.unflatten(structure, made)
-
-    return [array for arrays, _ in parts for array in arrays], again
-
-
 def apply_on_batch(
     model: nn.Module | nnx.Module, variables, images: jax.Array, **call
 ) -> jax.Array:
@@ -217,7 +169,7 @@ def apply_on_batch(
 
 def linen_on_batch(model: nn.Module, variables: Mapping, images: jax.Array, call: Mapping):
     """`apply_on_batch` of what `given` gave: with what was updated, where `call` says so."""
-    run = _bind_axes(lambda variables, images: model.apply(variables, images, **call))
+    run = bind_axes(lambda variables, images: model.apply(variables, images, **call))
     with _on_batch(momentum=0.0):
         return cast(jax.Array, run(variables, images))
 
@@ -349,7 +301,7 @@ def _nnx_on_batch(module: nnx.Module, images: jax.Array, arguments: Callable[[],
     """
     definition, *states = nnx.split(module, nnx.BatchStat, ...)
 
-    @_bind_axes
+    @bind_axes
     def run(states, images):
         copy = nnx.merge(definition, *jax.tree.map(lambda x: x, states))
         put_on_batch(copy)

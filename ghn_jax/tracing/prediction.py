@@ -24,6 +24,7 @@ from ghn_jax.deepnets1m.graph import Graph
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.hypernet.tiling import tile_kind
 from ghn_jax.tracing.findings import Placement
+from ghn_jax.tracing.given import what_is
 from ghn_jax.tracing.model_graph import place_tensor, trace_once
 from ghn_jax.tracing.report import (
     CONSTANT,
@@ -149,13 +150,12 @@ def predict_model(
 
 def _check_hypernetwork(ghn, ghn_variables) -> None:
     if not isinstance(ghn, GHN):
-        what = f"the class {ghn.__name__}" if isinstance(ghn, type) else f"a {type(ghn).__name__}"
         raise TypeError(
-            f"ghn is {what}; allowed: a GHN, and then its variables, as in "
+            f"ghn is {what_is(ghn)}; allowed: a GHN, and then its variables, as in "
             "predict_model(*ghn_jax.from_pretrained(path), model, sample)"
         )
     if not isinstance(ghn_variables, Mapping) or "params" not in ghn_variables:
-        what = f"a {type(ghn_variables).__name__}"
+        what = what_is(ghn_variables)
         if isinstance(ghn_variables, Mapping):
             what += f" of {', '.join(map(str, [*ghn_variables][:5])) or 'nothing'}"
         raise TypeError(

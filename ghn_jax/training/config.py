@@ -286,10 +286,11 @@ def mlp() -> TrainConfig:
 def ghn2_cifar10_small() -> TrainConfig:
     """A GHN-2 for networks of CIFAR-10 with 16 to 64 initial channels and 4 to 8 cells.
 
-    Otherwise the paper's generation rules. A quarter of the full design space's work for an update,
-    and a decoder that makes kernels of 32x32 channels, repeated for wider ones.
+    Otherwise the paper's generation rules, with hidden classifier layers of 64 or 128 units. Four
+    architectures an update, and a decoder that makes kernels of 32x32 channels, repeated for wider
+    ones.
 
-    Command: `ghn-train --preset ghn2-cifar10-small --data-dir DIR`.
+    Command: `ghn-train --preset ghn2-cifar10-small --data-dir DIR`. Not yet run in full here.
     """
     return TrainConfig("ghn2-cifar10-small").replace(
         out=Path("runs/ghn2-cifar10-small"),
