@@ -277,6 +277,21 @@ def test_more_is_mutable(variables, images, mutable):
     assert [layer.kind for layer in found] == ["Conv", "BatchNorm", "Dense"]
 
 
+def test_a_model_that_updates_something_else(images):
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            calls = self.variable("calls", "n", lambda: jnp.zeros((), jnp.int32))
+            calls.value += 1  # refused where the collection is not mutable
+            return nn.BatchNorm(use_running_average=False)(x)
+
+    given = Counting().init(jax.random.key(0), images)
+    averaged = ghn_jax.average_statistics(Counting(), given, [images], mutable=["calls"])
+    assert int(averaged["calls"]["n"]) == int(given["calls"]["n"])
+    mean = averaged["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, images.mean((0, 1, 2)), atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["dict", "dataclass"])
 def test_outputs_that_jax_does_not_know_with_a_named_axis(variables, images, form):
     expected = ghn_jax.apply_on_batch(Linen(), variables, images)
