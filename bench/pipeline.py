@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ghn_jax.data.images import prefetch, train_batches
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
-from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.engine.compilation import default_program_folder, keep_programs
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.training.config import preset
 from ghn_jax.training.meta_batch import Stream
@@ -35,7 +35,8 @@ class Options:
     """What to measure."""
 
     updates: int = 30
-    cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs
+    # Compiled programs are kept here between runs.
+    cache_dir: Path = dataclasses.field(default_factory=default_program_folder)
 
 
 def main(options: Options) -> None:

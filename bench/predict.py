@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.engine.compilation import default_program_folder, keep_programs
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.tracing.model_graph import model_graph
 from ghn_jax.tracing.prediction import predict_model
@@ -32,7 +32,8 @@ class Options:
 
     repeats: int = 20  # predictions, after the first
     processes: int = 3  # in which the first prediction is measured
-    cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs
+    # Compiled programs are kept here between runs.
+    cache_dir: Path = dataclasses.field(default_factory=default_program_folder)
     once: bool = False  # print the seconds of one first prediction (for the processes)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import statistics
 import sys
@@ -29,7 +28,11 @@ from tqdm import tqdm
 from ghn_jax.cli.deepnets1m import export
 from ghn_jax.deepnets1m import DeepNets1M
 from ghn_jax.deepnets1m.task import Task
-from ghn_jax.engine.compilation import CompilationCounter, keep_programs
+from ghn_jax.engine.compilation import (
+    CompilationCounter,
+    default_program_folder,
+    keep_programs,
+)
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.training.config import preset
 from ghn_jax.training.meta_batch import make_meta_batch
@@ -44,7 +47,8 @@ class Options:
     reference: Path | None = None  # the authors' code, a checkout of facebookresearch/ppuda
     nets: Path | None = None  # official training file; default: one of generated networks
     seed: int = 0  # of the networks, their widths and the images
-    cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs
+    # Compiled programs are kept here between runs.
+    cache_dir: Path = dataclasses.field(default_factory=default_program_folder)
     pause: float = 0.3  # seconds before each timing, for the other's threads to stop spinning
 
 
@@ -60,7 +64,7 @@ def meta_batches(nets: DeepNets1M, config, updates: int) -> list[list[int]]:
 
 def main(options: Options) -> None:
     """Prints a table and a JSON line."""
-    keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", options.cache_dir))
+    keep_programs(options.cache_dir)
     keep_memory()
     config = preset("ghn2")
     with tempfile.TemporaryDirectory() as folder:

@@ -39,6 +39,14 @@ def engine_for_a_single_run():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs_of_the_tests(tmp_path_factory):
+    """Commands keep their programs in a folder of the tests, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_programs_of_other_tests():
     """No test finds programs that another one kept: it may have changed the code they come from."""

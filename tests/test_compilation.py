@@ -58,6 +58,13 @@ def test_programs_are_kept_in_a_folder_of_the_users(tmp_path):
     assert theirs.read_text() == "program thesis"
 
 
+def test_a_process_may_go_on_with_another_folder(tmp_path):
+    for name in ("one", "two"):
+        keep_programs(tmp_path / name)
+        jax.jit(lambda x: x * 3 + 1)(1.0)  # not the same function: compiled, or read, again
+        assert len(list((tmp_path / name).glob("*lambda*-cache"))) == 1
+
+
 @pytest.mark.parametrize("mode", [0o770, 0o757])
 def test_programs_that_others_could_have_written_are_not_used(tmp_path, mode):
     tmp_path.chmod(mode)

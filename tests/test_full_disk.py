@@ -200,7 +200,6 @@ COMMANDS = {
 }  # fmt: skip
 
 
-# JAX has one folder of programs in a process: here the one of whatever test was the first.
 @pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache entry")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_say_it_in_a_sentence(name, ghn, tmp_path, monkeypatch):

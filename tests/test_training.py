@@ -367,7 +367,7 @@ def test_metrics_have_one_record_for_each_update(runs):
             "compilations"]  # fmt: skip
     assert all(list(r) == keys for r in found)
     # An update is read while the next one waits, so that single ones may wait for longer.
-    assert all(r["waited"] > 0 for r in found)
+    assert all(r["waited"] >= 0 for r in found)
     assert sum(r["waited"] for r in found) < sum(r["seconds"] for r in found)
     assert all(0 < r["grad_norm"] < 1000 for r in found)
     assert [r["architectures"] for r in found] == [2, 4, 6, 8]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +23,7 @@ from ghn_jax.cli import command
 from ghn_jax.data.images import load_images
 from ghn_jax.deepnets1m.evaluation_sets import EVALUATION_SIZES
 from ghn_jax.deepnets1m.sampling import SPLITS
-from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.engine.compilation import default_program_folder, keep_programs
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
 from ghn_jax.evaluation.experiments.records import check_settings
@@ -54,7 +53,8 @@ class EvalConfig:
     random: bool = False  # evaluate the same networks with random (He) parameters too
     seed: int | None = None  # generate the split with this seed; default: the frozen sets
     out: Path | None = None  # JSON file for the records; those that are there are not made again
-    cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs are kept here between runs
+    # Compiled programs are kept here between runs.
+    cache_dir: Path = dataclasses.field(default_factory=default_program_folder)
 
 
 def architectures(config: EvalConfig, image_size: int):
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     """Entry point."""
     config = tyro.cli(EvalConfig, prog=PROG, args=arguments, description=__doc__)
     check(config)
-    keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
+    keep_programs(config.cache_dir)
     keep_memory()
     ghn, variables = from_pretrained(config.ghn)
     # Hyperparameters are chosen on held-out training images, the rest is tested on test images.

@@ -11,15 +11,13 @@ finds into a folder as it goes; the same command again computes what is missing 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import tyro
 
 from ghn_jax.cli import command
-from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.engine.compilation import default_program_folder, keep_programs
 from ghn_jax.engine.memory import keep_memory
 
 PROG = "ghn-paper"
@@ -77,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
         args=[argument for argument in rest if argument != "--quick"],
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path("~/.cache/ghn_jax")))
+    keep_programs(default_program_folder())
     keep_memory()
     module.run(config)
 

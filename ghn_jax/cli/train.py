@@ -22,7 +22,6 @@ folder that all of them see.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,7 +124,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _get_ready(config: TrainConfig) -> None:
     check(config)
-    keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.run.cache_dir))
+    keep_programs(config.run.cache_dir)
     keep_memory()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 
 from ghn_jax.cli import command
-from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.engine.compilation import default_program_folder, keep_programs
 from ghn_jax.engine.memory import keep_memory
 
 PROG = "ghn-demo"
@@ -34,7 +34,8 @@ class WebConfig:
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: whoever reaches this machine sees it
     port: int = 7860  # of the address
-    cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs are kept here between runs
+    # Compiled programs are kept here between runs.
+    cache_dir: Path = dataclasses.field(default_factory=default_program_folder)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
         from ghn_jax.web.page import serve
         from ghn_jax.web.predictor import open_predictor
 
-        keep_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR", config.cache_dir))
+        keep_programs(config.cache_dir)
         keep_memory()
         predictor = open_predictor(config.ghn, config.dataset, config.data_dir)
         serve(predictor, Path(folder), Path(config.ghn).resolve().stem, config.host, config.port)

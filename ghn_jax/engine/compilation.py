@@ -10,11 +10,17 @@ import warnings
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from ghn_jax.engine.program_digests import check_programs
 
 _log = logging.getLogger(__name__)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def default_program_folder() -> Path:
+    """Where compiled programs are kept unless told otherwise: JAX's own variable goes first."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/ghn_jax"))
 
 
 def keep_programs(folder: str | Path) -> None:
@@ -34,6 +40,8 @@ def keep_programs(folder: str | Path) -> None:
         )
         return
     check_programs(folder)
+    if jax.config.jax_compilation_cache_dir != str(folder):
+        compilation_cache.reset_cache()  # JAX would go on with the first folder of the process
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Most of the engine's programs take less than a second, but there are hundreds.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -17,6 +17,7 @@ import optax
 
 from ghn_jax.deepnets1m.sampling import RULES, Rules
 from ghn_jax.deepnets1m.task import Task
+from ghn_jax.engine.compilation import default_program_folder
 from ghn_jax.hypernet import ghn, presets
 
 WARMUP_FROM = 1e-5  # learning rate at the start of a warm-up
@@ -162,7 +163,8 @@ class RunConfig:
     coordinator: str | None = None  # HOST:PORT of process 0, or auto (Slurm, MPI, GKE, Cloud TPU)
     process_id: int | None = None  # this process, from 0, with a coordinator given by hand
     num_processes: int | None = None  # how many there are
-    cache_dir: Path = Path("~/.cache/ghn_jax")  # compiled programs are kept here between runs
+    # Compiled programs are kept here between runs.
+    cache_dir: Path = dataclasses.field(default_factory=default_program_folder)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of networks' activations
 
 
