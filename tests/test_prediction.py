@@ -374,9 +374,9 @@ def test_initial_values_that_are_not_the_models(ghn, wrong, said):
 def test_hypernetworks_that_are_none(ghn):
     model, variables = ghn
     for given, said in (
-        ((variables, model), "ghn is a dict"),
-        ((type(model), variables), "ghn is the class GHN"),
-        ((ghn, Small()), "ghn is a tuple"),
+        ((variables, model), "the hypernetwork is a dict"),
+        ((type(model), variables), "the hypernetwork is the class GHN"),
+        ((ghn, Small()), "the hypernetwork is a tuple"),
         ((model, variables["params"]), "ghn_variables is a dict of "),
         ((model, None), "ghn_variables is None"),
     ):

@@ -229,7 +229,7 @@ def test_a_sample_in_double_precision():
 
 
 def test_a_model_of_another_library():
-    with pytest.raises(TypeError, match=r"the model is function; allowed: an instance"):
+    with pytest.raises(TypeError, match=r"the model is a function; allowed: an instance"):
         model_graph(lambda x: x, IMAGES)
     with pytest.raises(TypeError, match=r"the model is the class Dense; allowed: an instance"):
         model_graph(nn.Dense, IMAGES)

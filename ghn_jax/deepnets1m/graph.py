@@ -15,6 +15,7 @@ from ghn_jax.deepnets1m.operations import classifier_piece, operation_pieces, pi
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.deepnets1m.units import Node
 from ghn_jax.deepnets1m.wiring import IMAGE, Wiring, wire
+from ghn_jax.wording import what_is
 
 # The 15 primitives of Table 1; a primitive's id is its position (the authors' order).
 PRIMITIVES = (
@@ -65,6 +66,19 @@ class Graph:
 
     def __len__(self) -> int:
         return len(self.primitives)
+
+
+def check_graph(graph) -> None:
+    """Checks that something is a graph.
+
+    Raises:
+      TypeError: it is not.
+    """
+    if not isinstance(graph, Graph):
+        raise TypeError(
+            f"the graph is {what_is(graph)}; allowed: a Graph, as build_graph makes it of an "
+            "architecture and model_graph of a Flax model"
+        )
 
 
 class _GraphBuilder:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ghn_jax.deepnets1m.architecture import Architecture, Edge
 from ghn_jax.deepnets1m.task import Task
+from ghn_jax.wording import what_is
 
 State = int
 Feature = tuple[State | None, ...]
@@ -108,6 +109,12 @@ class Builder:
     """Follows an architecture from its stem to its last cell."""
 
     def __init__(self, arch: Architecture, task: Task):
+        if not isinstance(arch, Architecture):
+            raise TypeError(
+                f"the architecture is {what_is(arch)}; allowed: an Architecture, as "
+                "sample_architecture and evaluation_set give it (for a Flax model there is "
+                "predict_model)"
+            )
         self.arch, self.task = arch, task
         self.operations: list[Operation] = []
         self.states = [StateInfo(3, task.image_size)]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ghn_jax.training.meta_loss import cross_entropy
+from ghn_jax.wording import what_is
 
 
 class ModuleState(NamedTuple):
@@ -42,6 +43,9 @@ class ModuleTraining:
       clip: largest global norm of the gradient; None for any.
       smoothing: of labels.
       seed: of its dropout and of the parameters that `init` is not given.
+
+    Raises:
+      TypeError: the network is no Linen module.
     """
 
     def __init__(
@@ -54,6 +58,11 @@ class ModuleTraining:
         smoothing: float = 0.0,
         seed: int = 0,
     ):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"the network is {what_is(module)}; allowed: an instance of a Linen module; an "
+                "Architecture is trained by NetworkTraining"
+            )
         self.module, self.image_size, self.seed = module, image_size, seed
         if clip is not None:
             optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)

@@ -26,7 +26,7 @@ from ghn_jax.files.digest import digest_of_arrays, with_digest, without_digest
 from ghn_jax.files.json_file import read_json
 from ghn_jax.files.messages import in_a_line
 from ghn_jax.files.replace import write_beside
-from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.hypernet.ghn import GHN, check_hypernetwork
 
 CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
 
@@ -341,7 +341,9 @@ def save_ghn(path: str | Path, ghn: GHN, variables: Any) -> None:
 
     Raises:
       FileExistsError: the folder holds something already; it is left as it is.
+      TypeError: something else than a hypernetwork or its variables.
     """
+    check_hypernetwork(ghn, variables)
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; give a new folder to save_ghn")

@@ -36,6 +36,7 @@ from ghn_jax.hypernet.tiling import (
     node_tensors,
     tile_kind,
 )
+from ghn_jax.wording import what_is
 
 
 class GHN(nn.Module):
@@ -178,6 +179,7 @@ class GHN(nn.Module):
 
     def embed(self, variables, arch: Architecture | Graph, *, image_size: int = 32) -> jax.Array:
         """(N, d) final node states of one architecture, in the order of its graph's nodes."""
+        check_hypernetwork(self, variables)
         graph = arch if isinstance(arch, Graph) else self.graph(arch, image_size=image_size)
         states = _encode(self, variables, pad_graphs([graph]))
         return states[: len(graph)]
@@ -203,8 +205,10 @@ class GHN(nn.Module):
           The `params` tree of `build_network(arch, self.num_classes, image_size)`.
 
         Raises:
+          TypeError: something else than variables, or than an architecture or graph.
           ValueError: a shape that no decoder makes.
         """
+        check_hypernetwork(self, variables)
         graph = arch if isinstance(arch, Graph) else self.graph(arch, image_size=image_size)
         if isinstance(arch, Graph):
             check_decodable(graph, self.undecodable)
@@ -328,6 +332,27 @@ def free_decoder(ghn: GHN) -> Decoder:
     """The decoder of a hypernetwork, bound to no parameters."""
     check_choices(ghn)
     return make_decoder(ghn, parent=None)
+
+
+def check_hypernetwork(ghn, variables) -> None:
+    """Checks a hypernetwork and its variables.
+
+    Raises:
+      TypeError: one of them is something else.
+    """
+    if not isinstance(ghn, GHN):
+        raise TypeError(
+            f"the hypernetwork is {what_is(ghn)}; allowed: a GHN, and then its variables, as in "
+            "predict_model(*ghn_jax.from_pretrained(path), model, sample)"
+        )
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        what = what_is(variables)
+        if isinstance(variables, Mapping):
+            what += f" of {', '.join(map(str, [*variables][:5])) or 'nothing'}"
+        raise TypeError(
+            f"the hypernetwork's variables are {what}; allowed: {{'params': ...}}, as "
+            "ghn.init_variables(0) and ghn_jax.from_pretrained give them"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jraph
 import numpy as np
 
-from ghn_jax.deepnets1m.graph import PADDING_ID, Graph
+from ghn_jax.deepnets1m.graph import PADDING_ID, Graph, check_graph
 
 # Nodes that one step of the GatedGNN's sweep updates at once, at most (see `_schedule`).
 SWEEP_WIDTH = 16
@@ -92,10 +92,13 @@ def pad_graphs(
           {'graphs': (len(graphs), largest) int32}, the nodes of each graph.
 
     Raises:
+      TypeError: one of them is no graph.
       ValueError: there is no graph, or the graphs do not fit.
     """
     if not graphs:
         raise ValueError("pad_graphs was given no graphs; give one or more")
+    for graph in graphs:
+        check_graph(graph)
     nodes = np.array([len(g) for g in graphs], np.int32)
     edges = np.array([len(g.edges) for g in graphs], np.int32)
     n_node = next_power_of_two(int(nodes.sum()) + 1) if n_node is None else n_node

@@ -16,6 +16,7 @@ from ghn_jax.deepnets1m.graph import PRIMITIVE_ID, Graph, build_graph
 from ghn_jax.deepnets1m.names import check_names, insert, parameter_path
 from ghn_jax.interop import torch_models
 from ghn_jax.interop.torch_nnx import module_to_torch
+from ghn_jax.wording import what_is
 from ghn_jax.zoo import Model
 
 
@@ -77,6 +78,13 @@ def _parameters(graph: Graph) -> list[_Parameter]:
     return found
 
 
+def _check(arch) -> None:
+    if not isinstance(arch, Architecture | Graph):
+        raise TypeError(
+            f"arch is {what_is(arch)}; allowed: an Architecture, a Graph, a model of the zoo"
+        )
+
+
 def _graph(arch: Architecture | Graph, num_classes: int, image_size: int) -> Graph:
     if isinstance(arch, Graph):
         return arch
@@ -132,9 +140,11 @@ def to_torch(
         return module_to_torch(params)
     if isinstance(arch, nn.Module):
         return torch_models.to_torch(params, arch)
-    if not isinstance(arch, Architecture | Graph):
+    _check(arch)
+    if not isinstance(params, Mapping):
         raise TypeError(
-            f"arch is {type(arch).__name__}; allowed: an Architecture, a Graph, a model of the zoo"
+            f"params is {what_is(params)}; allowed: the params tree of an architecture's network, "
+            "all variables of a model of the zoo, or an NNX module"
         )
     leaves = _leaves(params)
     expected = _parameters(_graph(arch, num_classes, image_size))
@@ -169,8 +179,14 @@ def from_torch(
       TypeError: the network is of another type.
       ValueError: names or shapes are not those of the architecture; the message lists them.
     """
+    if not isinstance(arrays, Mapping):
+        raise TypeError(
+            f"arrays is {what_is(arrays)}; allowed: arrays under PyTorch's names, as to_torch "
+            "returns them and a module's state_dict() is"
+        )
     if isinstance(arch, nn.Module):
         return torch_models.from_torch(arrays, arch)
+    _check(arch)
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     arrays = {name: x for name, x in arrays.items() if not name.endswith(statistics)}
     expected = _parameters(_graph(arch, num_classes, image_size))

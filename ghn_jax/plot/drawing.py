@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph
+from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph, check_graph
 from ghn_jax.plot.figure import canvas, check_path, save
 from ghn_jax.plot.layout import Layout, layout_graph
 
@@ -165,11 +165,13 @@ def draw_graph(
       The figure; its markers are collections with the gid 'nodes:KIND', KIND a key of `STYLES`.
 
     Raises:
+      TypeError: `graph` is no graph.
       ValueError: another suffix; no nodes, N primitives but not N shapes, an unknown primitive, an
         edge to a node that does not exist, or a cycle.
       FileNotFoundError: the folder of `path` does not exist.
     """
     path = check_path(path)
+    check_graph(graph)
     primitives = np.asarray(graph.primitives)
     if len(primitives) != len(graph.param_shapes):
         raise ValueError(

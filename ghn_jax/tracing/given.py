@@ -9,12 +9,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-
-def what_is(value) -> str:
-    """A wrong argument, in an error's words."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    return "None" if value is None else f"a {type(value).__name__}"
+from ghn_jax.wording import what_is
 
 
 def check_variables(variables) -> None:

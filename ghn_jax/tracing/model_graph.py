@@ -29,6 +29,7 @@ from ghn_jax.tracing.initial_values import filled_with, read_init
 from ghn_jax.tracing.jaxpr_graph import Reading, read_graph
 from ghn_jax.tracing.named_axes import bind_axes
 from ghn_jax.tracing.outputs import choose_output
+from ghn_jax.wording import what_is
 
 # Of the settings of JAX and Flax, those that decide on types, initial values and trees.
 _SETTINGS = (
@@ -116,9 +117,8 @@ def trace(
             return _trace_nnx(model, sample, virtual_edges, output, call)
     if isinstance(model, nn.Module):
         return _trace_linen(model, sample, virtual_edges, initial, seed, output, call)
-    what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
     raise TypeError(
-        f"the model is {what}; allowed: an instance of a module of flax.linen or flax.nnx"
+        f"the model is {what_is(model)}; allowed: an instance of a module of flax.linen or flax.nnx"
     )
 
 

@@ -21,10 +21,9 @@ import numpy as np
 from flax import nnx
 
 from ghn_jax.deepnets1m.graph import Graph
-from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.hypernet.ghn import GHN, check_hypernetwork
 from ghn_jax.hypernet.tiling import tile_kind
 from ghn_jax.tracing.findings import Placement
-from ghn_jax.tracing.given import what_is
 from ghn_jax.tracing.model_graph import place_tensor, trace_once
 from ghn_jax.tracing.report import (
     CONSTANT,
@@ -89,7 +88,7 @@ def predict_model(
         loops or branches that depend on values; values that it reads), `initial` is not of the
         model, no parameter belongs to a primitive, or `strict` and some parameter is left.
     """
-    _check_hypernetwork(ghn, ghn_variables)
+    check_hypernetwork(ghn, ghn_variables)
     options = {"initial": initial, "seed": seed, "output": output}
     traced = trace_once(model, sample, ghn.virtual_edges, **options, call=call)
     reading = traced.reading
@@ -146,22 +145,6 @@ def predict_model(
             )
         )  # fmt: skip
     return traced.rebuild(ordered), PredictionReport(tuple(rows), tuple(notes), len(graph))
-
-
-def _check_hypernetwork(ghn, ghn_variables) -> None:
-    if not isinstance(ghn, GHN):
-        raise TypeError(
-            f"ghn is {what_is(ghn)}; allowed: a GHN, and then its variables, as in "
-            "predict_model(*ghn_jax.from_pretrained(path), model, sample)"
-        )
-    if not isinstance(ghn_variables, Mapping) or "params" not in ghn_variables:
-        what = what_is(ghn_variables)
-        if isinstance(ghn_variables, Mapping):
-            what += f" of {', '.join(map(str, [*ghn_variables][:5])) or 'nothing'}"
-        raise TypeError(
-            f"ghn_variables is {what}; allowed: the hypernetwork's variables, {{'params': ...}}, "
-            "as ghn.init_variables(0) and ghn_jax.from_pretrained give them"
-        )
 
 
 # What tensors are filled with as a rule.
