@@ -74,7 +74,7 @@ def check_graph(graph) -> None:
     Raises:
       TypeError: it is not.
     """
-    if not isinstance(graph, Graph):
+    if not all(hasattr(graph, name) for name in ("primitives", "edges", "param_shapes")):
         raise TypeError(
             f"the graph is {what_is(graph)}; allowed: a Graph, as build_graph makes it of an "
             "architecture and model_graph of a Flax model"

@@ -78,11 +78,12 @@ def _parameters(graph: Graph) -> list[_Parameter]:
     return found
 
 
-def _check(arch) -> None:
+def _checked(arch) -> Architecture | Graph:
     if not isinstance(arch, Architecture | Graph):
         raise TypeError(
             f"arch is {what_is(arch)}; allowed: an Architecture, a Graph, a model of the zoo"
         )
+    return arch
 
 
 def _graph(arch: Architecture | Graph, num_classes: int, image_size: int) -> Graph:
@@ -140,7 +141,7 @@ def to_torch(
         return module_to_torch(params)
     if isinstance(arch, nn.Module):
         return torch_models.to_torch(params, arch)
-    _check(arch)
+    arch = _checked(arch)
     if not isinstance(params, Mapping):
         raise TypeError(
             f"params is {what_is(params)}; allowed: the params tree of an architecture's network, "
@@ -186,7 +187,7 @@ def from_torch(
         )
     if isinstance(arch, nn.Module):
         return torch_models.from_torch(arrays, arch)
-    _check(arch)
+    arch = _checked(arch)
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     arrays = {name: x for name, x in arrays.items() if not name.endswith(statistics)}
     expected = _parameters(_graph(arch, num_classes, image_size))

@@ -15,7 +15,8 @@ def choose_output(returned, wanted: str | int | None):
     Args:
       returned: by the model: an array, or arrays in tuples, dicts and dataclasses.
       wanted: its path, such as 'logits', 0 or '1/features'; None: the only array, the one called
-        'logits', or the only one that is not in another container, as in (logits, {...}).
+        'logits', or the only one that is not in another container, as in (logits, {...}); numbers,
+        such as a loss, are passed over.
 
     Raises:
       ValueError: there is no such array, or it has to be named.
@@ -32,10 +33,11 @@ def choose_output(returned, wanted: str | int | None):
         if str(wanted) not in arrays:
             raise ValueError(f"the model returns no output {wanted!r}; allowed: {listed}")
         return arrays[str(wanted)]
+    paths = [path for path, x in arrays.items() if x.shape] or list(arrays)
     for likely in (
-        arrays,
-        [path for path in arrays if path.rpartition("/")[2] == "logits"],
-        [path for path in arrays if "/" not in path],
+        paths,
+        [path for path in paths if path.rpartition("/")[2] == "logits"],
+        [path for path in paths if "/" not in path],
     ):
         if len(likely) == 1:
             (path,) = likely
