@@ -254,6 +254,7 @@ class Returning(nn.Module):
             "single": Output(logits),
             "list": [features, logits],
             "nested": {"a": (features, {"b": logits})},
+            "loss": (logits.mean(), logits, {"features": features}),
         }[self.how]
 
 
@@ -269,7 +270,7 @@ class Methods(nn.Module):
 
 OUTPUTS = [
     ("tuple", None), ("dict", None), ("dataclass", None), ("plain", None), ("single", None),
-    ("list", 1), ("list", "1"), ("nested", "a/1/b"), ("dataclass", "logits"),
+    ("list", 1), ("list", "1"), ("nested", "a/1/b"), ("dataclass", "logits"), ("loss", None),
 ]  # fmt: skip
 
 

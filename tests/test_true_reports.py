@@ -340,6 +340,12 @@ def test_named_axes_are_bound(ghn):
     np.testing.assert_array_equal(graphs[0].edges, graphs[1].edges)
 
 
+def test_groups_of_an_axis_are_of_devices():
+    norm = nn.BatchNorm(use_running_average=False, axis_name="i", axis_index_groups=[[0, 1]])
+    with pytest.raises(ValueError, match=r"groups of the axis 'i' .*\(axis_index_groups=None\)"):
+        ghn_jax.model_graph(nn.Sequential([nn.Conv(8, (3, 3), 4), norm]), IMAGES)
+
+
 @pytest.mark.parametrize("axis", ["data-parallel", "my axis", "dp.inner", "a. To", ("a-b", "a b")])
 def test_any_text_names_an_axis(axis):
     plain = ghn_jax.model_graph(Synchronised(None), IMAGES)

@@ -22,7 +22,8 @@ def bind_axes(call: Callable) -> Callable:
       call: of trees of arrays; what it returns is the same along the axes.
 
     Raises:
-      ValueError: with named axes in it, it returns a class that JAX does not know.
+      ValueError: with named axes in it, it returns a class that JAX does not know, or sums over
+        groups of an axis.
     """
 
     @functools.wraps(call)
@@ -36,6 +37,15 @@ def bind_axes(call: Callable) -> Callable:
                 if missing is None:
                     raise
                 names.append(missing)
+            except NotImplementedError as error:
+                if not names or (str(error) and "axis_index_groups" not in str(error)):
+                    raise
+                axes = " or ".join(map(repr, names))
+                raise ValueError(
+                    f"the model sums over groups of the axis {axes} (axis_index_groups), which JAX "
+                    "does across devices only; give the model without groups "
+                    "(axis_index_groups=None), its tensors are the same"
+                ) from error
 
     return bound
 
