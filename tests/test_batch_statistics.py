@@ -110,6 +110,8 @@ def test_statistics_of_nnx_norms_of_the_models_own():
         ghn_jax.average_statistics(none, None, [images])
     with pytest.raises(ValueError, match="no batch was given"):
         ghn_jax.average_statistics(NnxNormed(), None, [])
+    with pytest.raises(ValueError, match=r"one array \(2, 16, 16, 3\); .* or \[images\] for one"):
+        ghn_jax.average_statistics(NnxNormed(), None, images)
 
 
 # --- Statistics elsewhere than in Flax's batch norm -----------------------------------------------

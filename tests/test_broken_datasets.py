@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from image_sets import SIZE, tagged, write
 from tfds_files import (
     encode,
@@ -189,3 +190,13 @@ def test_folders_that_do_not_fit(tmp_path, change, message):
 def test_what_is_not_there(tmp_path, name, error, message):
     with pytest.raises(error, match=message):
         load_images(name.format(tmp_path), "train")
+
+
+def test_folders_one_level_off(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.png")
+    with pytest.raises(ValueError, match=rf"1 class; give {tmp_path}/photos, which has several"):
+        load_images(f"folder:{tmp_path}", "train")
+    with pytest.raises(ValueError, match=rf"0 classes; .* the folder above, {tmp_path}/photos$"):
+        load_images(f"folder:{tmp_path}/photos/cat", "train")

@@ -50,7 +50,7 @@ def load_folder(name: str, folder: Path, split: str, image_size: int | None) -> 
         part: folder / part for part in _PARTS if _folders(folder / part)
     }  # fmt: skip
     classes = _folders(parts["train"])
-    check_classes(name, len(classes))
+    check_classes(name, len(classes), _elsewhere(parts["train"], classes))
     own = {
         split: _files(parts[part], classes) for split, part in official_splits(name, parts).items()
     }
@@ -72,6 +72,15 @@ def _folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _elsewhere(folder: Path, classes: Sequence[str]) -> str:
+    """Where the folder of each class is, if that is a level above or below."""
+    if below := [folder / name for name in classes if len(_folders(folder / name)) > 1]:
+        return f"give {below[0]}, which has several folders in it"
+    if not classes and any(p.suffix.lower() in _SUFFIXES for p in folder.iterdir()):
+        return f"it has images in it: give the folder above, {folder.parent}"
+    return ""
 
 
 def _files(folder: Path, classes: Sequence[str]) -> _Files:

@@ -171,7 +171,8 @@ def check_some(name: str, split: str, count: int) -> None:
         )
 
 
-def check_classes(name: str, count: int) -> None:
-    """Raises ValueError where there is nothing to classify."""
+def check_classes(name: str, count: int, hint: str = "") -> None:
+    """Raises ValueError where there is nothing to classify, with a hint where they may be."""
     if count < 2:
-        raise ValueError(f"{name} has {count} class{'' if count == 1 else 'es'}; use 2 or more")
+        plural = "" if count == 1 else "es"
+        raise ValueError(f"{name} has {count} class{plural}; {hint or 'use 2 or more'}")

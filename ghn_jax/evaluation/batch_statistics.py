@@ -194,6 +194,11 @@ def average_statistics(
       ValueError: the model has no statistics, or there is no batch; or as `apply_on_batch`.
     """
     model, variables = given(model, variables)
+    if hasattr(batches, "shape") and len(batches.shape) <= 4:
+        raise ValueError(
+            f"batches is one array {tuple(batches.shape)}; give several batches of images "
+            "(B, H, W, C), or [images] for one"
+        )
     batches = map(_check_batch, batches)
     if isinstance(model, nnx.Module):
         return _average_nnx(variables, batches, call)
