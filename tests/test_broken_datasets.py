@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from image_sets import SIZE, tagged, write
+from PIL import Image
 from tfds_files import (
     encode,
 )
