@@ -110,6 +110,25 @@ class Dropped(nnx.Module):
         return self.head(self.dropout(self.norm(x).mean((1, 2)), rngs=rngs))
 
 
+def test_objects_given_twice_stay_one():
+    class Pair(nnx.Module):
+        def __init__(self):
+            self.head = nnx.Linear(3, 10, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, one=None, two=None, more=None):
+            assert one is two
+            assert more["holder"].rngs is one
+            return self.head(x.mean((1, 2)))
+
+    class Holder(nnx.Module):
+        def __init__(self, rngs):
+            self.rngs = rngs
+
+    rngs = nnx.Rngs(0)
+    call = {"one": rngs, "two": rngs, "more": {"holder": Holder(rngs)}}
+    assert len(ghn_jax.model_graph(Pair(), IMAGES, **call)) == 4
+
+
 @pytest.mark.parametrize("form", ["rngs", "stream", "within", "key"])
 def test_random_numbers_given_to_the_call(form):
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))

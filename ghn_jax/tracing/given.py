@@ -99,20 +99,29 @@ def copied_nodes(arguments: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
     What a traced function changes in an object (the counts of `nnx.Rngs`) must have been made in
     it; so each trace calls this for its own. The objects given are not changed.
     """
-    copiers = {name: _copier(value) for name, value in arguments.items()}
-    return lambda: {name: make() for name, make in copiers.items()}
+    nodes: list[nnx.Pytree] = []
+    makers = {name: _maker(value, nodes) for name, value in arguments.items()}
+    definition, state = nnx.split(nodes)  # together: what two of them share stays shared
+
+    def make() -> dict[str, Any]:
+        copies = nnx.merge(definition, jax.tree.map(lambda x: x, state))
+        return {name: of(copies) for name, of in makers.items()}
+
+    return make
 
 
-def _copier(value) -> Callable[[], Any]:
-    """A function that makes a value anew, where it has NNX objects in it."""
+def _maker(value, nodes: list[nnx.Pytree]) -> Callable[[Sequence], Any]:
+    """A function that makes a value of copies of the NNX objects in it, which are listed."""
     if _is_node(value):
-        definition, state = nnx.split(value)
-        return lambda: nnx.merge(definition, jax.tree.map(lambda x: x, state))
+        at = next((i for i, node in enumerate(nodes) if node is value), len(nodes))
+        if at == len(nodes):
+            nodes.append(value)
+        return lambda copies: copies[at]
     if type(value) is dict:  # JAX takes those alone whose keys can be sorted
-        made = {key: _copier(part) for key, part in value.items()}
-        return lambda: {key: make() for key, make in made.items()}
+        made = {key: _maker(part, nodes) for key, part in value.items()}
+        return lambda copies: {key: of(copies) for key, of in made.items()}
     parts, structure = jax.tree.flatten(value, is_leaf=lambda x: _is_node(x) or type(x) is dict)
     if len(parts) == 1 and parts[0] is value:
-        return lambda: value
-    makers = list(map(_copier, parts))
-    return lambda: jax.tree.unflatten(structure, [make() for make in makers])
+        return lambda _: value
+    makers = [_maker(part, nodes) for part in parts]
+    return lambda copies: jax.tree.unflatten(structure, [of(copies) for of in makers])
