@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import io
 import json
+import socket
 import zipfile
 from html.parser import HTMLParser
 
@@ -14,6 +15,7 @@ import pytest
 from definition import unit_by_unit
 from PIL import Image
 
+from ghn_jax.cli import web
 from ghn_jax.data.images import load_images
 from ghn_jax.deepnets1m.architecture import DARTS, VIT, Architecture, Genotype
 from ghn_jax.deepnets1m.evaluation_sets import evaluation_set
@@ -388,3 +390,10 @@ def test_handlers(handlers, tmp_path):
     shown, flax, torch, problem = handlers.predict(*sampled, small.replace("8", "7"))
     assert (shown, flax["interactive"], flax["value"]) == (PLACEHOLDER, False, None)
     assert "allowed: even numbers" in problem
+
+
+def test_a_taken_port_is_said_before_anything_is_read():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match=f"at 127.0.0.1:{port}: Address already in use"):
+            web.main(["--ghn", "nowhere", "--port", str(port)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     config = tyro.cli(WebConfig, prog=PROG, args=arguments, description=__doc__)
     if not 0 < config.port < 2**16:
         raise ValueError(f"--port is {config.port}; allowed: 1 to {2**16 - 1}")
+    _check_address(config.host, config.port)
     with tempfile.TemporaryDirectory(prefix="ghn-demo-") as folder:
         # Copies of downloads, which Gradio removes as they age; read where it is imported.
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "offered")
@@ -54,6 +56,17 @@ def main(arguments: Sequence[str]) -> None:
         keep_memory()
         predictor = open_predictor(config.ghn, config.dataset, config.data_dir)
         serve(predictor, Path(folder), Path(config.ghn).resolve().stem, config.host, config.port)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Before anything is loaded."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise ValueError(
+            f"the page cannot be served at {host}:{port}: {error.strerror or error}; give another "
+            "--port or --host"
+        ) from error
 
 
 run = command(PROG, main)
