@@ -228,6 +228,7 @@ def test_a_folder_with_photographs_of_all_sizes_and_kinds(tmp_path):
     found = [load_images(name, split, image_size=16) for split in SPLITS]
     assert [len(images) for images in found] == [32, 4, 4]
     assert all(images.num_classes == 2 and images.mirror for images in found)
+    assert [found[0].class_name(i) for i in range(2)] == ["cat", "dog"]
     large = load_images(name, "val", image_size=100)
     assert not large.in_memory
     (x, y), *_ = eval_batches(large, 4)
@@ -267,14 +268,16 @@ def one_record(**values) -> dict:
 
 def test_the_version_and_the_configuration_are_chosen_by_name(tmp_path, monkeypatch):
     features = {"image": image_feature(SIZE, SIZE, 3), "label": label_feature(2)}
-    for name, version, count in (("a", "1.0.0", 20), ("a", "2.0.0", 30), ("b/x", "1.0.0", 40)):
+    for name, version, count in (("a", "1.0.0", 20), ("a", "10.0.0", 30), ("b/x", "1.0.0", 40)):
         rows = [one_record(label=i % 2) for i in range(count)]
         write_tfds(tmp_path, name, version, {"train": [rows]}, features=features)
+    (tmp_path / "a" / "10.0.0" / "label.labels.txt").write_text("cat\ndog\n")
     for name, count in (("a", 30), ("a:1.0.0", 20), ("b/x", 40), ("b/x:1.0.0", 40)):
         found = [load_images(f"tfds:{name}", split, data_dir=tmp_path) for split in SPLITS]
+        assert found[0].class_names == (("cat", "dog") if name == "a" else ("0", "1"))
         assert [len(images) for images in found] == [count * 8 // 10, count // 10, count // 10]
     for name, error, message in (
-        ("a:3.0.0", FileNotFoundError, "/a has no version '3.0.0'; use one of 1.0.0, 2.0.0"),
+        ("a:3.0.0", FileNotFoundError, "/a has no version '3.0.0'; use one of 1.0.0, 10.0.0"),
         ("b", ValueError, "/b has the configurations x; give one, as tfds:b/x"),
         ("c", FileNotFoundError, "has no prepared c; expected .*/c/<version>"),
         (f"{tmp_path}/a", ValueError, "has no name; use tfds:NAME, and give the folder"),

@@ -63,8 +63,9 @@ def load_folder(name: str, folder: Path, split: str, image_size: int | None) -> 
         return files.part(part_by_class(split, files.labels, held))
 
     return from_records(
-        name, split, of(split), of("train"), num_classes=len(classes), image_size=image_size
-    )
+        name, split, of(split), of("train"), num_classes=len(classes), image_size=image_size,
+        class_names=tuple(classes),
+    )  # fmt: skip
 
 
 def _folders(folder: Path) -> list[str]:

@@ -25,19 +25,21 @@ def from_records(
     *,
     num_classes: int,
     image_size: int,
+    class_names: tuple[str, ...],
 ) -> Images:
     """Images of a split, normalised by a sample of the training images.
 
     Args:
-      name, split, num_classes, image_size: see `Images`.
+      name, split, num_classes, image_size, class_names: see `Images`.
       records: of the split.
       train: of the training split.
     """
     check_some(name, "train", len(train))
     check_some(name, split, len(records))
     encoded = Images(
-        name, split, num_classes, image_size, (0.0,) * 3, (1.0,) * 3, records=records, shuffle=True
-    )
+        name, split, num_classes, image_size, (0.0,) * 3, (1.0,) * 3, records=records, shuffle=True,
+        class_names=class_names,
+    )  # fmt: skip
     small = image_size <= LARGEST_SMALL  # networks for larger ones have other stems, too
     some = fetch(train, sample(len(train)).tolist())
     some = dataclasses.replace(encoded, split="train", records=some)

@@ -44,6 +44,7 @@ class Images:
       mirror: whether images in memory are mirrored in training; most mirrored digits are no digits.
       shuffle: whether evaluation takes them in a fixed random order, because they may be stored
         class by class.
+      class_names: of the classes in their order; empty where they have none.
     """
 
     name: str
@@ -57,11 +58,16 @@ class Images:
     records: Sequence[Record] | None = dataclasses.field(default=None, repr=False)
     mirror: bool = True
     shuffle: bool = False
+    class_names: tuple[str, ...] = ()
 
     @property
     def task(self) -> Task:
         """What networks for these images do."""
         return Task(self.num_classes, self.image_size)
+
+    def class_name(self, label: int) -> str:
+        """What a class is called: its number where it has no name."""
+        return self.class_names[label] if self.class_names else str(label)
 
     @property
     def in_memory(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,13 @@ def load_cifar10(split: str, image_size: int | None, data_dir: str | os.PathLike
     records = prepared.records(official, slice(0, total), "image", "label", "id")
     records = sorted(records.__getitems__(range(total)), key=lambda record: record["id"])
     size = 32 if image_size is None else image_size
-    classes = prepared.features["label"].num_classes
-    kept = records[part(split, total)]
-    return in_memory(Images("cifar10", split, classes, size, *_CIFAR10, records=kept))
+    label = prepared.features["label"]
+    return in_memory(
+        Images(
+            "cifar10", split, label.num_classes, size, *_CIFAR10,
+            records=records[part(split, total)], class_names=_names(label),
+        )
+    )  # fmt: skip
 
 
 def load_imagenet(split: str, image_size: int | None, data_dir: str | os.PathLike | None) -> Images:
@@ -48,8 +53,11 @@ def load_imagenet(split: str, image_size: int | None, data_dir: str | os.PathLik
     wanted = part(split, prepared.count(official))
     records = prepared.records(official, wanted, "image", "label")
     size = 224 if image_size is None else image_size
-    classes = prepared.features["label"].num_classes
-    return Images("imagenet2012", split, classes, size, *_IMAGENET, records=records, shuffle=True)
+    label = prepared.features["label"]
+    return Images(
+        "imagenet2012", split, label.num_classes, size, *_IMAGENET, records=records, shuffle=True,
+        class_names=_names(label),
+    )  # fmt: skip
 
 
 def load_tfds(
@@ -73,7 +81,15 @@ def load_tfds(
 
     train = of("train")
     records = train if split == "train" else of(split)
-    return from_records(name, split, records, train, num_classes=classes, image_size=image_size)
+    return from_records(
+        name, split, records, train, num_classes=classes, image_size=image_size,
+        class_names=_names(prepared.features[label]),
+    )  # fmt: skip
+
+
+def _names(label) -> tuple[str, ...]:
+    """Of the classes, where the dataset says them."""
+    return tuple(label.names or ())
 
 
 class _Records(Sequence[Record]):
@@ -233,7 +249,7 @@ def _import_tfds():
 
 
 def _folder(what: str, data_dir: str | os.PathLike | None) -> Path:
-    """The folder of a dataset's version: the one asked for, or the last by name."""
+    """The folder of a dataset's version: the one asked for, or the last one."""
     name, _, version = what.partition(":")
     if not name or name.startswith("/"):
         raise ValueError(
@@ -241,7 +257,8 @@ def _folder(what: str, data_dir: str | os.PathLike | None) -> Path:
         )
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     folder = Path(data_dir).expanduser().resolve()
-    versions = sorted(info.parent for info in folder.glob(f"{name}/*/dataset_info.json"))
+    found = (info.parent for info in folder.glob(f"{name}/*/dataset_info.json"))
+    versions = sorted(found, key=_numbers)
     chosen = [path for path in versions if version in ("", path.name)]
     if chosen:
         return chosen[-1]
@@ -273,6 +290,11 @@ def _folder(what: str, data_dir: str | os.PathLike | None) -> Path:
         f"TFDS_DATA_DIR), or make them once, where TensorFlow is installed, with "
         f"{_command(what, folder)}"
     )
+
+
+def _numbers(folder: Path) -> tuple[list[int], str]:
+    """What versions are ordered by: 10.0.0 comes after 3.0.2."""
+    return [int(number) for number in re.findall(r"\d+", folder.name)], folder.name
 
 
 def _command(what: str, folder: Path | None = None) -> str:

@@ -168,7 +168,8 @@ def _images(trial: Trial) -> str:
     figures = []
     for pixels, label, given in zip(trial.images, trial.labels, trial.classes, strict=True):
         right = label == given
-        said = "none" if given < 0 else str(given)
+        said = html.escape(given or "none")
+        label = html.escape(label)
         caption = f"✓ {said}" if right else f"✗ {said}, is {label}"
         figures.append(
             f'<figure><img src="{_png(pixels)}" alt="test image of class {label}">'

@@ -27,8 +27,8 @@ class Trial:
       tested: number of images.
       chance: the accuracy of guessing.
       images: (T, S, S, 3) uint8, the first of them.
-      labels, classes: (T,) their classes, and those that the network gives; -1 where its logits are
-        not finite.
+      labels, classes: of each its class, and the one that the network gives; None where its logits
+        are not finite.
     """
 
     top1: float
@@ -36,8 +36,8 @@ class Trial:
     tested: int
     chance: float
     images: np.ndarray
-    labels: np.ndarray
-    classes: np.ndarray
+    labels: list[str]
+    classes: list[str | None]
 
 
 class Tester:
@@ -65,15 +65,15 @@ class Tester:
         top1, tested, logits = self._top1(run(jax.device_put(params)))
         top1_random, _, _ = self._top1(run(jax.device_put(initial)))
         x, labels, _ = self._batches[0]
-        finite = np.isfinite(logits).all(1)
+        name = self.images.class_name
         return Trial(
             top1=top1,
             top1_random=top1_random,
             tested=tested,
             chance=1 / self.images.num_classes,
             images=self._pixels(x[:SHOWN]),
-            labels=labels[:SHOWN],
-            classes=np.where(finite, logits.argmax(1), -1)[:SHOWN],
+            labels=[name(label) for label in labels[:SHOWN]],
+            classes=[name(x.argmax()) if np.isfinite(x).all() else None for x in logits[:SHOWN]],
         )
 
     def _top1(self, run: Callable) -> tuple[float, int, np.ndarray]:
