@@ -44,7 +44,7 @@ PAPER = f"GHN-1, {TRAINED}, the paper", 200.0
 class Config:
     """Whose activations are looked at, and on what."""
 
-    ghn: tuple[Path, ...] = ()  # trained hypernetworks, each a folder; default: two untrained ones
+    ghn: tuple[Path, ...] = ()  # folders, files or names; default: two untrained ones
     trained: Path | None = None  # folder of `trained-networks --keep-parameters`
     network: str = "resnet50"  # DARTS, PDARTS, ViT, the zoo's
     dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH

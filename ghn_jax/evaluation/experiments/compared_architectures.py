@@ -51,7 +51,7 @@ PAPER = {
 class Config:
     """What is compared, and by whom."""
 
-    ghn: tuple[Path, ...] = ()  # hypernetworks, each a folder; default: an untrained one
+    ghn: tuple[Path, ...] = ()  # folders, files or names; default: an untrained one
     training: int = 5000  # training networks that evaluation sets are compared with
     networks: int | None = None  # of each evaluation set; default: all
     pairs: int = 500  # of graphs, whose Hungarian distances are averaged for each set

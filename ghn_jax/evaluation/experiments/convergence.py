@@ -36,7 +36,7 @@ HE = "He"
 class Config:
     """Which network is trained, from what, and how."""
 
-    ghn: tuple[Path, ...] = ()  # hypernetworks, each a folder; default: an untrained one
+    ghn: tuple[Path, ...] = ()  # folders, files or names; default: an untrained one
     network: str = "resnet50"  # DARTS, PDARTS, ViT, the zoo's
     width: int | None = None  # initial channels of those of the design space; default: 32
     dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH

@@ -57,7 +57,7 @@ class Config:
     networks: tuple[str, ...] = ("resnet50", "ViT", "DARTS")  # DARTS, PDARTS, ViT, ResNets
     width: int | None = None  # initial channels of those of the design space; default: the paper's
     cells: int | None = None  # of those of the design space; default: the paper's
-    ghn: tuple[Path, ...] = ()  # hypernetworks, each a folder; default: an untrained one
+    ghn: tuple[Path, ...] = ()  # folders, files or names; default: an untrained one
     trained: Path | None = None  # folder of `trained-networks --keep-parameters`, of these networks
     network_image_size: int = 224  # of the images that the networks and `ghn` are for, in pixels
     shorter: int = 800  # shorter side of photographs, in pixels; networks with attention: / 2.5...

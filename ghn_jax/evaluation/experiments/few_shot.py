@@ -43,7 +43,7 @@ class Config:
     image_size: int | None = None  # pixels that images are resized to; default: the dataset's own
     networks: tuple[str, ...] = ("resnet50", "ViT", "DARTS")  # DARTS, PDARTS, ViT, the zoo's
     width: int | None = None  # initial channels of those of the design space; default: 32
-    ghn: tuple[Path, ...] = ()  # hypernetworks, each a folder; default: only random parameters
+    ghn: tuple[Path, ...] = ()  # folders, files or names; default: only random parameters
     shots: int = 100  # training images of each class
     held_out: int = 20  # of them, to choose the learning rate and the weight decay with
     learning_rates: tuple[float, ...] = (0.01, 0.025, 0.1)  # to choose from

@@ -189,7 +189,7 @@ class Config:
     """Which networks are ranked, and by what."""
 
     table: Path | None = None  # .npz file with `cell`, `columns` and `accuracy`
-    ghn: tuple[Path, ...] = ()  # hypernetworks; default: an untrained one
+    ghn: tuple[Path, ...] = ()  # folders, files or names; default: an untrained one
     dataset: str = "cifar10"  # of the table's columns: cifar10, cifar100 or imagenet
     cells: int | None = None  # so many, drawn at random; default: all that are connected
     sizes: tuple[int, ...] = (10, 50, 100, 500)  # numbers of networks to fit to

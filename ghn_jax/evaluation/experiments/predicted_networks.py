@@ -32,7 +32,7 @@ from ghn_jax.hypernet.ghn import GHN
 class Config:
     """Which networks are evaluated, with whose parameters, and on what."""
 
-    ghn: tuple[Path, ...] = ()  # hypernetworks, each a folder; default: an untrained one
+    ghn: tuple[Path, ...] = ()  # folders, files or names; default: an untrained one
     dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
     image_size: int | None = None  # pixels that images are resized to; default: the dataset's own

@@ -41,7 +41,7 @@ PAPER = {SGD: (0.98, 0.33), "MLP": (0.01, 0.16), "GHN-1": (0.07, 0.20), "GHN-2":
 class Config:
     """Whose parameters are looked at."""
 
-    ghn: tuple[Path, ...] = ()  # hypernetworks, each a folder; default: an untrained one
+    ghn: tuple[Path, ...] = ()  # folders, files or names; default: an untrained one
     trained: Path | None = None  # folder of `trained-networks --keep-parameters`
     splits: tuple[str, ...] = ("val", "test")  # of these, all networks
     networks: int | None = None  # of each split; default: all

@@ -221,7 +221,7 @@ class Config:
 
     fit: tuple[Path, ...] = (Path("runs/sgd-val"),)  # folders of trained networks to fit to
     test: tuple[Path, ...] = (Path("runs/sgd-test"),)  # of those to rank; none: half of `fit`
-    ghn: tuple[Path, ...] = ()  # hypernetworks; default: an untrained one
+    ghn: tuple[Path, ...] = ()  # folders, files or names; default: an untrained one
     image_size: int = 32  # of the images, in pixels
     neupred_runs: int = 5  # seeds of the baseline; 0 leaves it out
     neupred_epochs: int = 300  # passes over the networks to fit to
