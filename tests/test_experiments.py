@@ -420,10 +420,10 @@ def test_properties_by_the_command(tmp_path, capsys):
                  "--out", str(out)]  # fmt: skip
     paper.main(arguments)
     records = list(read_records(out).values())
+    # All converge as late: nothing is ranked.
     assert [r["property"] for r in records] == ["clean accuracy", "noisy accuracy",
-                                                "inference time", "convergence time"]  # fmt: skip
+                                                "inference time"]  # fmt: skip
     assert all(len(r["taus"]) == 5 for r in records)
-    assert records[-1]["taus"] == [0.0] * 5  # all are equal: nothing is ranked
     assert "11 networks to fit to, 11 to rank" in capsys.readouterr().out
     for name in ("table.md", "properties.png", "correlations.png"):
         assert (out / name).stat().st_size > 100

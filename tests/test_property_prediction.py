@@ -317,6 +317,16 @@ def results(architectures):
         return properties.summarise(found)
 
 
+def test_a_property_that_all_networks_share_is_not_ranked(architectures, monkeypatch):
+    monkeypatch.setattr(regression, "GRID", GRID)
+    records = [{**record(a), "convergence": 2.0} for a in architectures]
+    ghns = {"GHN-1": encoder(ghn_jax.ghn1)}
+    found = properties.predict_properties(records[::2], records[1::2], ghns, neupred_runs=0)
+    results = properties.summarise(found)
+    assert len(results) == 3
+    assert properties.table(results).endswith("| convergence time | – |\n")
+
+
 def test_properties(results, architectures, monkeypatch):
     monkeypatch.setattr(regression, "GRID", GRID)
     rows = {(r["property"], r["method"]): r for r in results}
@@ -382,10 +392,11 @@ def test_figures(results, tmp_path):
         m: [r["mean"] for r in results if r["method"] == m] for m in ("GHN-1", "NeuPred")
     }
     assert [t.get_text() for t in axes.get_xticklabels()][0] == "clean accuracy"
-    taus = regression.correlations({"a": np.arange(5.0), "b": -np.arange(5.0)})
-    axes = correlation_matrix(taus, ["a", "b"], tmp_path / "b.pdf").axes[0]
-    np.testing.assert_allclose(axes.images[0].get_array(), [[1, -1], [-1, 1]])
-    assert [t.get_text() for t in axes.texts] == ["1.00", "-1.00", "-1.00", "1.00"]
+    columns = {"a": np.arange(5.0), "b": -np.arange(5.0), "all the same": np.ones(5)}
+    taus = regression.correlations(columns)
+    axes = correlation_matrix(taus, list(columns), tmp_path / "b.pdf").axes[0]
+    said = [t.get_text() for t in axes.texts]
+    assert said == ["1.00", "-1.00", "–", "-1.00", "1.00", "–", "–", "–", "–"]
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert (tmp_path / "b.pdf").stat().st_size > 1000
     with pytest.raises(ValueError, match="no results"):

@@ -95,7 +95,7 @@ def correlation_matrix(
     """Draws Fig. 11: Kendall's tau between properties of the same networks.
 
     Args:
-      taus: (P, P).
+      taus: (P, P); NaN where there is none.
       names: of the properties.
       path: where to save the picture, .png or .pdf; None: nowhere.
 
@@ -111,7 +111,8 @@ def correlation_matrix(
     for row, column in np.ndindex(taus.shape):
         tau = taus[row, column]
         color = "white" if abs(tau) > 0.6 else "black"
-        axes.text(column, row, f"{tau:.2f}", ha="center", va="center", color=color)
+        said = "–" if np.isnan(tau) else f"{tau:.2f}"
+        axes.text(column, row, said, ha="center", va="center", color=color)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.spines[:].set_visible(False)

@@ -118,11 +118,17 @@ def predict_properties(
     Yields:
       For each property and method, of NeuPred for each seed,
       {'name', 'property', 'method', 'taus'}: Kendall's tau of some runs. `summarise` joins them.
+      None of a property that all networks to rank share: it ranks nothing.
 
     Raises:
       ValueError: see `property_values` and `regression.fit`.
     """
     fit_values, test_values = property_values(fit_records), property_values(test_records)
+    targets = {
+        p: _targets(p, fit_values[p.name], test_values[p.name])
+        for p in PROPERTIES
+        if np.ptp(test_values[p.name])
+    }
     architectures = [
         [Architecture.from_dict(record["architecture"]) for record in records]
         for records in (fit_records, test_records)
@@ -135,12 +141,11 @@ def predict_properties(
         """Properties and runs that have no record, with the record but for its taus."""
         return [
             (p, run, {"name": name, "property": p.name, "method": method})
-            for p in PROPERTIES
+            for p in targets
             for run in runs
             if (name := f"{p.name}, {method}{run}") not in known
         ]
 
-    targets = {p: _targets(p, fit_values[p.name], test_values[p.name]) for p in PROPERTIES}
     for method, (ghn, variables) in ghns.items():
         todo = missing(method, [""])
         if not todo:
@@ -202,11 +207,14 @@ def _names(results: Sequence[Mapping], key: str) -> list[str]:
 
 
 def table(results: Sequence[Mapping]) -> str:
-    """Markdown: Kendall's tau of each property and method, mean ± standard deviation."""
+    """Markdown: Kendall's tau of each property and method, mean ± standard deviation.
+
+    A property without results is one that all networks share.
+    """
     methods = _names(results, "method")
     cells = {(r["property"], r["method"]): f"{r['mean']:.3f} ± {r['std']:.3f}" for r in results}
     lines = [f"| property | {' | '.join(methods)} |", "|---" * (1 + len(methods)) + "|"]
-    for name in _names(results, "property"):
+    for name in (p.name for p in PROPERTIES):
         row = [cells.get((name, method), "–") for method in methods]
         lines.append(f"| {name} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"

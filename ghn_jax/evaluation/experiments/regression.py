@@ -130,7 +130,9 @@ def correlations(properties: Mapping[str, np.ndarray]) -> np.ndarray:
     """(P, P) Kendall's tau between P properties of the same networks (Fig. 11).
 
     Args:
-      properties: name -> (N,) values.
+      properties: name -> (N,) values; those of one that all networks share have no tau, but NaN.
     """
     columns = list(properties.values())
-    return np.array([[rank_correlation(a, b) for b in columns] for a in columns])
+    taus = np.array([[rank_correlation(a, b) for b in columns] for a in columns])
+    shared = np.array([np.ptp(a) == 0 for a in columns])
+    return np.where(shared[:, None] | shared, np.nan, taus)
