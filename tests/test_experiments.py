@@ -392,6 +392,14 @@ def test_the_search_by_its_command(tmp_path, monkeypatch):
             paper.main([*arguments, *wrong])
 
 
+def test_accuracies_that_cannot_be_are_told():
+    told = search.beyond(np.array([-1.0, 50.0, 100.0, 130.0]), 24)
+    assert (
+        told == "50.0% of the predictions are below 0 or above 100%: 24 trained networks are few."
+    )
+    assert search.beyond(np.array([0.0, 100.0]), 24) == ""
+
+
 def test_pareto_front():
     rng = np.random.default_rng(0)
     cost, score = rng.integers(0, 20, (2, 60)).astype(float)

@@ -240,12 +240,25 @@ def run(config: Config) -> list[Found]:
         json.dumps({f"search[{f.index}]": f.arch.to_dict() for f in best}, indent=1) + "\n",
     )
     text = table(best)
+    if "top1" in config.property and (told := beyond(rows[:, 1], len(archs))):
+        text += f"\n{told}\n"
     write_beside(config.out / "table.md", text)
     from ghn_jax.plot.experiments import pareto_figure  # matplotlib is of an extra
 
     pareto_figure(rows[:, 2], rows[:, 1], config.out / "pareto.png")
     print(f"{len(rows)} networks, regression of {len(archs)} trained ones\n\n{text}")
     return best
+
+
+def beyond(scores: np.ndarray, fitted: int) -> str:
+    """What to say of predicted accuracies, in per cent, that cannot be; empty if there are none."""
+    share = np.mean((scores < 0) | (scores > 100))
+    if not share:
+        return ""
+    return (
+        f"{share:.1%} of the predictions are below 0 or above 100%: {fitted} trained networks are "
+        "few."
+    )
 
 
 def table(best: Sequence[Found]) -> str:
