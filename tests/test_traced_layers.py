@@ -296,6 +296,25 @@ LEFT = {
         lambda m, x: nn.Dense(8)(x) * param(m, "scale", (8,)),
         {"scale": "a scale without a norm in Layer"},
     ),
+    "a scale of pooled features": (
+        lambda m, x: x.mean((1, 2)) * param(m, "scale", (8,)),
+        {"scale": "a scale without a norm in Layer"},
+    ),
+    "a temperature": (
+        lambda m, x: x.mean((1, 2)) / jnp.exp(param(m, "t", ())), {"t": "a number in Layer"},
+    ),
+    "added up with weights": (
+        lambda m, x: param(m, "a", (8,)) * x.mean((1, 2)) + nn.Dense(8)(x.mean((1, 2))),
+        {"a": "a scale without a norm in Layer"},
+    ),
+    "a scale after a gate": (
+        lambda m, x: x * nn.sigmoid(x.mean((1, 2), keepdims=True)) * param(m, "scale", (8,)),
+        {"scale": "a scale without a norm in Layer"},
+    ),
+    "a scale after a gate over space": (
+        lambda m, x: x / (1 + jnp.exp(-x.mean(-1, keepdims=True))) * param(m, "scale", (8,)),
+        {"scale": "a scale without a norm in Layer"},
+    ),
     "a slope": (lambda m, x: nn.Dense(3)(nn.PReLU()(x)), {"PReLU_0/negative_slope": "a number"}),
     "unused": (unused, {"Dense_0/kernel": "does not reach", "Dense_0/bias": "does not reach"}),
     "a gain": (standardised, {"gain": "combined with kernel"}),
@@ -339,10 +358,32 @@ def test_what_is_left_has_a_reason(name):
         return nn.Dense(5, name="last")(function(m, x))
 
     traced = trace(one_layer(whole), FEATURES, 1, call={})
+    assert not any("is taken for" in note for note in traced.reading.notes)
     reasons = {traced.paths[leaf]: why for leaf, why in traced.reading.reasons.items()}
     assert set(reasons) == set(expected)
     for path, part in expected.items():
         assert part in reasons[path]
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_parameters_joined_to_activations_come_first_or_last(axis):
+    """Class tokens, registers, mask tokens; or channels that are learned."""
+
+    def joined(order):
+        def layer(m, x):
+            x = nn.Conv(8, (2, 2), 2)(x).reshape(2, 64, 8)
+            token = jnp.broadcast_to(param(m, "token", (1, 1, 8) if axis == 1 else (1, 64, 1)),
+                                     (2, 1, 8) if axis == 1 else (2, 64, 1))  # fmt: skip
+            x = jnp.concatenate([token, x][::order], axis)
+            x = nn.LayerNorm()(x + param(m, "position", (1, *x.shape[1:])))
+            return nn.Dense(5)(x.mean(1))
+
+        return model_graph(one_layer(layer), FEATURES)
+
+    first, last = joined(1), joined(-1)
+    names = [PRIMITIVES[p] for p in last.primitives]
+    assert names == ["input", "conv", "bias", "pos_enc", "sum", "ln", "glob_avg", "conv", "bias"]
+    np.testing.assert_array_equal(last.edges, first.edges)
 
 
 NOTES = {

@@ -121,15 +121,21 @@ class Activation:
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-    """A row's output reduced over some axes; see `Activation` and `Scope`.
+    """A row's output reduced over some axes.
 
-    `other` says by what, and where, unless it is a sum.
+    Attributes:
+      row, axes, scope: see `Activation` and `Scope`.
+      other: by what, and where, unless it is a sum.
+      deviation: a root or a quotient, as the deviation or the length that norms divide by.
+      gate: a sigmoid or the like, which no norm divides by.
     """
 
     row: int
     axes: Axes
     scope: Scope
     other: str = ""
+    deviation: bool = False
+    gate: bool = False
 
 
 Value = Constant | Parameter | Activation | Statistic

@@ -31,6 +31,15 @@ from ghn_jax.tracing.equations import ELEMENTWISE, SAME, VIEWS
 from ghn_jax.tracing.findings import Findings, module_of, said_of
 from ghn_jax.tracing.flow import SCORES, THROUGH
 
+# Functions of a statistic that norms divide by, and those that no norm has.
+_DEVIATIONS = frozenset(("sqrt", "rsqrt", "pow", "integer_pow"))
+_GATES = frozenset(("logistic", "exp", "exp2", "expm1", "tanh", "erf", "log1p"))
+
+
+def _norms(name: str, x: Statistic) -> bool:
+    """Whether a value that is multiplied with or divided by a statistic is normalised by it."""
+    return not x.gate and (name == "div" or (name == "mul" and x.deviation))
+
 
 class Elementwise(Findings):
     """What functions of single elements are in the paper's primitives."""
@@ -51,6 +60,8 @@ class Elementwise(Findings):
             value = dataclasses.replace(data[0], axes=axes)
         else:
             value = self._one(name, data[0], axes, state)
+            if isinstance(value, Statistic) and name == "div" and operands[-1] is data[0]:
+                value = dataclasses.replace(value, deviation=True)  # one divided by it
         for p in parameters:
             value = self._with_parameter(name, value, p, axes, shape, where)
         return value
@@ -78,7 +89,8 @@ class Elementwise(Findings):
         if isinstance(x, Statistic):
             if state and name in ("mul", "div"):  # batch norm of pooled features
                 return dataclasses.replace(self.activation(x), axes=axes, scope=RUNNING)
-            return dataclasses.replace(x, axes=axes)
+            deviation, gate = x.deviation or name in _DEVIATIONS, x.gate or name in _GATES
+            return dataclasses.replace(x, axes=axes, deviation=deviation, gate=gate)
         linear = name in SAME | {"mul", "div", "add", "sub", "neg"}
         scope = RUNNING if state and name in ("mul", "div") else x.scope if linear else None
         return dataclasses.replace(x, axes=axes, scope=scope, fresh=x.fresh and name in SAME)
@@ -90,6 +102,8 @@ class Elementwise(Findings):
             statistics = [x for x in data if isinstance(x, Statistic)]
             whole = [x for x in data if isinstance(x, Activation)]
             scale = name in ("mul", "div")
+            deviation = any(x.deviation for x in statistics)
+            gate = any(x.gate for x in statistics)
             if not whole:
                 scope = functools.reduce(Scope.__or__, [x.scope for x in statistics])
                 least = min(statistics, key=lambda x: len(x.scope.reduced))
@@ -98,10 +112,12 @@ class Elementwise(Findings):
                         return Statistic(rows[0], axes, least.scope)
                     most = max(statistics, key=lambda x: len(x.scope.reduced))
                     row = self.activation(least).row
-                    return Activation(row, axes, most.scope.beyond(least.scope))
-                return Statistic(rows[0], axes, Scope(scope.reduced, labels_of(axes)))
+                    beyond = most.scope.beyond(least.scope)
+                    return Activation(row, axes, beyond if _norms(name, most) else None)
+                scope = Scope(scope.reduced, labels_of(axes))
+                return Statistic(rows[0], axes, scope, deviation=deviation, gate=gate)
             if statistics:
-                scope = statistics[0].scope if scale else None
+                scope = statistics[0].scope if _norms(name, statistics[0]) else None
                 return Activation(rows[0], axes, scope)
             if name in ("add", "add_any"):
                 return Activation(self.flow.add("sum", rows), axes)
@@ -130,7 +146,8 @@ class Elementwise(Findings):
         """A function of an activation and a parameter."""
         axes = merge([axes, p.axes], shape) if len(p.axes) == len(shape) else axes
         if isinstance(x, Statistic):
-            if name in ("mul", "div") and p.scope in (None, x.scope):
+            weighs = x.deviation and p.scope is None or p.scope == x.scope
+            if name in ("mul", "div") and weighs:
                 # The factor of a norm on its way: its weight times the inverse deviation.
                 p_axes = merge([p.axes], shape) if len(p.axes) == len(shape) else p.axes
                 return dataclasses.replace(p, axes=p_axes, scope=x.scope)

@@ -181,7 +181,7 @@ class Layers(Elementwise):
         live = [x for x in operands if not isinstance(x, Constant)]
         parameters = [x for x in live if isinstance(x, Parameter)]
         data = [x for x in live if not isinstance(x, Parameter)]
-        axes = live[-1].axes
+        axes = (data or live)[-1].axes  # a token's own axes say nothing of what it joins
         if stacked:
             axes = (*axes[:axis], ((UNKNOWN, 1),), *axes[axis:])
         axes = resize(axes, shape)
