@@ -195,6 +195,124 @@ def thousandfold(model, layer):
     )
 
 
+class Projection(nn.Module):
+    name_: str
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param(self.name_, nn.initializers.he_normal(), (x.shape[-1], 8))
+
+
+class Own(nn.Module):
+    """A kernel that is called otherwise; it may have another output, which is not named."""
+
+    another: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(Projection("weight", name="own")(x))
+        x = nn.Dense(10, name="head")(x.mean((1, 2)))
+        return (x, x) if self.another else x
+
+
+class Stacked(nn.Module):
+    """Layers stacked in one tensor, and one of many heads."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.relu(nn.Dense(32, kernel_init=nn.initializers.he_normal())(x)), None
+
+        x = nn.Dense(32)(x).reshape(len(x), -1, 32)
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        x, _ = nn.scan(Block, length=12, **axes)(name="blocks")(x, None)
+        x = nn.MultiHeadDotProductAttention(16, qkv_features=512, name="attention")(x)
+        return nn.Dense(10, name="head")(x.mean(1))
+
+
+class OwnNNX(nnx.Module):
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (3, 8)))
+        self.head = nnx.Linear(8, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(x @ self.w[...]).mean((1, 2)))
+
+
+def larger(variables, part):
+    return ghn_jax.tracing.map_parameters(
+        variables, lambda path, x: 1000 * x if part in path and x.ndim > 1 else x
+    )
+
+
+def layers_out_of_range(model, variables, images):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [(f.layer, f.problem) for f in ghn_jax.norm_check(model, variables, images)]
+
+
+@pytest.mark.parametrize(("model", "part"), [(Own(), "own"), (Stacked(), "value")])
+def test_kernels_are_told_by_what_they_do(model, part, images):
+    variables = model.init(jax.random.key(0), images)
+    assert layers_out_of_range(model, variables, images) == []
+    assert ("head", "explodes") in layers_out_of_range(model, larger(variables, part), images)
+
+
+def test_kernels_of_nnx_are_told_by_what_they_do(images):
+    model = OwnNNX(nnx.Rngs(0))
+    assert layers_out_of_range(model, None, images) == []
+    found = layers_out_of_range(model, larger(model, "w"), images)
+    assert found == [("head", "explodes"), ("", "explodes")]
+
+
+def test_what_cannot_be_judged_is_said(images):
+    model = Own(another=True)
+    variables = model.init(jax.random.key(0), images)
+    with pytest.warns(RuntimeWarning, match="cannot judge own/weight: .* nor by tracing the mod"):
+        assert ghn_jax.norm_check(model, variables, images) == []
+
+
+class Within(nnx.Module):
+    """Calls a block in a transformation, on an activation that it gives to a norm first."""
+
+    def __init__(self, how, rngs):
+        self.how, self.stem = how, nnx.Linear(3, 8, rngs=rngs)
+
+        def block(rngs):
+            return nnx.Sequential(nnx.BatchNorm(8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs))
+
+        self.block = nnx.vmap(block)(rngs.split(2)) if how == "scan" else block(rngs)
+        self.head = nnx.Linear(8, 10, rngs=rngs)
+
+    def __call__(self, x):
+        def call(module, x):
+            return module(x)
+
+        run = {
+            "scan": nnx.scan(call, in_axes=(0, nnx.Carry), out_axes=nnx.Carry),
+            "remat": nnx.remat(call),
+            "jit": nnx.jit(call),
+            "cond": lambda block, x: nnx.cond(x.sum() > 0, call, call, block, x),
+        }[self.how]
+        return self.head(run(self.block, self.stem(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("how", ["scan", "remat", "jit", "cond"])
+def test_layers_within_transformations_of_nnx_are_left_out(how, images):
+    model = Within(how, nnx.Rngs(0))
+    found = ghn_jax.activation_statistics(model, None, images)
+    assert [layer.layer for layer in found] == ["stem", "head"]
+    assert layers_out_of_range(model, None, images) == []
+
+
+def test_no_arrays_outlive_the_trace(images):
+    for model in (Same({}), Within("remat", nnx.Rngs(0))):
+        with jax.check_tracer_leaks():
+            assert ghn_jax.activation_statistics(model, None, images)
+
+
 def test_factors():
     def layers(*variances):
         return [LayerStatistics(str(i), "Conv", 0, v, 0, 0) for i, v in enumerate(variances)]

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core.scope import union_filters
+from jax.extend.core import get_opaque_trace_state
 
 from ghn_jax.deepnets1m.network import Network
 from ghn_jax.deepnets1m.units import NormSum
@@ -32,8 +33,9 @@ from ghn_jax.engine.plan import make_plan
 from ghn_jax.evaluation.accuracy import draw_parameter
 from ghn_jax.evaluation.batch_statistics import given, linen_on_batch, put_on_batch
 from ghn_jax.tracing.given import copied_nodes
-from ghn_jax.tracing.model_graph import map_parameters, unwrap
+from ghn_jax.tracing.model_graph import map_parameters, trace, unwrap
 from ghn_jax.tracing.named_axes import bind_axes
+from ghn_jax.tracing.report import shape_of
 from ghn_jax.wording import what_is
 
 
@@ -152,14 +154,21 @@ def _nnx(call: Mapping[str, Any]) -> Callable[..., list[_Output]]:
         put_on_batch(model)
         ended: list[tuple[str, str, Any]] = []
         normed: list[jax.Array] = []
+        here = get_opaque_trace_state(convention="nnx")
+
+        def is_within() -> bool:
+            """Whether a layer is called in a transformation, which arrays must not come out of."""
+            return get_opaque_trace_state(convention="nnx") != here
 
         def record(cls: type, name: str) -> type:
             """A class that does the same and leaves its output here."""
 
             def called(self, *args, **kwargs):
+                output = cls.__call__(self, *args, **kwargs)
+                if is_within():
+                    return output
                 if isinstance(self, _NNX_NORMS):
                     normed.extend(args[:1])
-                output = cls.__call__(self, *args, **kwargs)
                 ended.append((name, cls.__name__, output))
                 return output
 
@@ -176,6 +185,9 @@ def _nnx(call: Mapping[str, Any]) -> Callable[..., list[_Output]]:
             calls[name] = calls.get(name, 0) + 1
             again = f" ({calls[name]})" if calls[name] > 1 else ""
             found.append(_Output(name + again, kind, _is_in(output, normed), _numbers(output)))
+        # The classes outlive the trace, whose arrays must not.
+        ended.clear()
+        normed.clear()
         return found
 
     return run
@@ -231,7 +243,8 @@ def recorder(model: nn.Module | nnx.Module, *, engine: Engine | None = None, **c
         outputs = jax.device_get(run(variables, images))
         if not outputs:
             raise ValueError(
-                f"{type(model).__name__} has no layer with parameters of its own to look at"
+                f"{type(model).__name__} has no layer with parameters of its own to look at "
+                "outside of scans (NNX: of all transformations)"
             )
         found = []
         for o in outputs:
@@ -250,7 +263,8 @@ def activation_statistics(
     """Mean and variance of what each layer of a model puts out (B.2.2, Fig. 8).
 
     Layers are modules that have parameters of their own, norms among them. Those inside `nn.scan`
-    are not seen. Batch norms take the statistics of the batch; all else runs as `call` says.
+    are not seen, nor, of an NNX model, those inside `nnx.scan`, `nnx.vmap`, `nnx.remat`, `nnx.jit`
+    and `nnx.cond`. Batch norms take the statistics of the batch; all else runs as `call` says.
 
     Args:
       model: a Linen or NNX module; networks of the design space (`build_network`) are not compiled.
@@ -307,17 +321,74 @@ def compare_activations(
     return findings
 
 
-def _he(variables):
+def _he(model: nn.Module | nnx.Module, variables, images, call: Mapping[str, Any]):
     """The same with weights as He initialisation draws them; what it does not define stays."""
     rng = np.random.default_rng(0)
+    roles, failed = _roles(model, variables, images, call)
+    unknown: list[str] = []
 
     def draw(path: str, leaf):
         name = path.rpartition("/")[2]
-        if name not in ("kernel", "embedding", "scale", "bias"):
+        if path in roles:
+            value = _draw(*roles[path], leaf.shape, rng)
+        elif name in _NAMES:
+            value = draw_parameter(name, leaf.shape, rng)
+        else:
+            unknown.append(path)
             return leaf
-        return jnp.asarray(draw_parameter(name, leaf.shape, rng), leaf.dtype)
+        return jnp.asarray(value, leaf.dtype)
 
-    return map_parameters(variables, draw)
+    drawn = map_parameters(variables, draw)
+    if failed and unknown:
+        listed = ", ".join(unknown[:3]) + (", ..." if unknown[3:] else "")
+        warnings.warn(
+            f"norm_check cannot judge {listed}: what they are for is told neither by their names "
+            f"(known: {', '.join(_NAMES)}) nor by tracing the model ({failed}); give what it is "
+            "initialised with as reference",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return drawn
+
+
+_NAMES = ("kernel", "embedding", "scale", "bias")
+
+
+def _draw(tensor: str, fan_in: int, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """`draw_parameter` of a kernel that says its fan-in, whatever its axes are for."""
+    if tensor != "kernel":
+        return draw_parameter(tensor, shape, rng)
+    return rng.standard_normal(shape, np.float32) * np.float32(math.sqrt(2 / fan_in))
+
+
+def _roles(model, variables, images, call) -> tuple[dict[str, tuple[str, int]], str]:
+    """What a model's parameters are for: path -> (kernel, scale or bias; fan-in).
+
+    Names do not tell of kernels that are called otherwise, and shapes not of axes of stacks and of
+    heads. He initialisation does not define encodings of positions.
+
+    Returns:
+      With why the model could not be traced; '' where it could.
+    """
+    if isinstance(model, Network):  # its names and shapes tell all
+        return {}, ""
+    is_nnx = isinstance(model, nnx.Module)
+    try:
+        traced = trace(
+            variables if is_nnx else model, images, 0,
+            initial=None if is_nnx else variables, call=call,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        return {}, str(error)
+    reading = traced.reading
+    return {
+        traced.paths[leaf]: (
+            places[0].tensor,
+            math.prod(shape_of(reading.graph, places[0].node)[1:]),
+        )
+        for leaf, places in reading.placements.items()
+        if places[0].tensor != "embedding"
+    }, ""
 
 
 def norm_check(
@@ -338,12 +409,16 @@ def norm_check(
     Args:
       model, variables, images: as for `activation_statistics`.
       reference: variables (or an NNX module) to compare with, such as those of `model.init`; None:
-        He initialisation of `variables`' kernels, norms at 1 and biases at 0.
+        He initialisation of `variables`' kernels, norms at 1 and biases at 0. Which are these is
+        found by tracing the model, as `predict_model` does; what it would leave stays as given,
+        unless it is called kernel, embedding, scale or bias. Many layers without norms in a row
+        that are initialised with another gain (attention, LeCun's) are far from it: give theirs.
       factor: how many times larger, or smaller, a standard deviation may be; more than 1.
       **call: keyword arguments of the model's call.
 
     Returns:
-      The layers that are out of range, in order of execution; one warning names the first.
+      The layers that are out of range, in order of execution; one warning names the first. Another
+      names parameters that cannot be judged, as the model cannot be traced.
 
     Raises:
       TypeError, ValueError: as `activation_statistics`; or the factor is not above 1.
@@ -353,7 +428,7 @@ def norm_check(
     statistics = recorder(model, **call)
     found = statistics(variables, images)
     if reference is None:
-        reference = _he(given(model, variables)[1])
+        reference = _he(*given(model, variables), images, call)
     expected = statistics(reference, images)
     findings = compare_activations(found, expected, factor)
     if findings:
