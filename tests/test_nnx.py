@@ -1,4 +1,6 @@
-"""NNX models: predicted as Linen models are."""
+"""NNX models: predicted as Linen models are, and given to PyTorch layer by layer."""
+
+import re
 
 import flax.linen as nn
 import jax
@@ -152,3 +154,42 @@ def test_random_numbers_given_to_the_call(form):
     np.testing.assert_allclose(averaged.norm.mean[...], mean, rtol=1e-4, atol=1e-6)
     # Those given are not used up, and are what the model would have used.
     np.testing.assert_allclose(logits, Dropped()(images, **given), rtol=1e-5, atol=1e-6)
+
+
+STACKED = {
+    "kernel is (3, 8, 4), but 2-dimensional": lambda rngs: nnx.Linear(8, 4, rngs=rngs),
+    "kernel is (3, 8, 2), but 2-dimensional": lambda rngs: nnx.Linear(
+        8, 2, use_bias=False, rngs=rngs
+    ),
+    "kernel is (3, 5, 1, 2), but 3-dimensional": lambda rngs: nnx.Conv(1, 2, (5,), rngs=rngs),
+    "embedding is (3, 5, 2), but 2-dimensional": lambda rngs: nnx.Embed(5, 2, rngs=rngs),
+    "scale is (3, 8), but 1-dimensional": lambda rngs: nnx.LayerNorm(8, rngs=rngs),
+    "mean is (3, 8), but 1-dimensional": lambda rngs: nnx.BatchNorm(
+        8, use_scale=False, use_bias=False, rngs=rngs
+    ),
+    "query.kernel is (3, 4, 2, 2), but 3-dimensional": lambda rngs: nnx.MultiHeadAttention(
+        2, 4, rngs=rngs
+    ),
+}
+
+
+@pytest.mark.parametrize("message", STACKED)
+def test_stacked_layers_are_given_one_by_one(message):
+    """Their axis is none of a convolution; of each alone the tensors are those of one layer."""
+
+    @nnx.vmap
+    def stack(key):
+        return STACKED[message](nnx.Rngs(key))
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.blocks = nnx.List([stack(jax.random.split(jax.random.key(0), 3))])
+
+    net = Net()
+    with pytest.raises(ValueError, match=rf"blocks.0 is .* stacked .*{re.escape(message)} in a"):
+        ghn_jax.to_torch(net)
+    graphdef, state = nnx.split(net.blocks[0])
+    shapes = {name: x.shape for name, x in ghn_jax.to_torch(STACKED[message](nnx.Rngs(0))).items()}
+    for i in range(3):
+        one = ghn_jax.to_torch(nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], state)))
+        assert {name: x.shape for name, x in one.items()} == shapes

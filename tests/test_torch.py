@@ -382,6 +382,50 @@ def test_parameters_of_another_network():
         from_torch(arrays, NETWORKS["vit"])
 
 
+def as_leaves(torch, arrays):
+    """Tensors as `dict(net.named_parameters())` has them."""
+    return {name: torch.nn.Parameter(torch.tensor(x)) for name, x in arrays.items()}
+
+
+def converted_back():
+    """(arrays, architecture or model, its variables), of a network and of a model of the zoo."""
+    arch = NETWORKS["vit"]
+    params = random_params(build_network(arch))
+    yield to_torch(params, arch), arch, params
+    model = zoo.squeezenet1_1()
+    variables = {"params": random_params(model)}
+    yield to_torch(variables, model), model, variables
+
+
+def test_tensors_of_a_net_in_training():
+    """They require gradients; what is read from them is a copy, which training leaves alone."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    for arrays, arch, variables in converted_back():
+        tensors = as_leaves(torch, arrays)
+        found = from_torch(tensors, arch)
+        with torch.no_grad():
+            for tensor in tensors.values():
+                tensor.zero_()
+        same(found, variables)
+
+
+def test_tensors_of_bfloat16():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    for arrays, arch, variables in converted_back():
+        tensors = {name: x.bfloat16() for name, x in as_leaves(torch, arrays).items()}
+        expected = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), variables)
+        same(from_torch(tensors, arch), expected)
+
+
+def test_tensors_without_an_array():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    for arrays, arch, _ in converted_back():
+        name = next(name for name in arrays if name.endswith("bias"))
+        for tensor in (torch.ones(3).to_sparse(), torch.ones(3, device="meta")):
+            with pytest.raises(TypeError, match=f"{name} is a Tensor that NumPy cannot .*dense"):
+                from_torch({**arrays, name: tensor}, arch)
+
+
 # --- The program ----------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 import ghn_jax
@@ -216,7 +217,7 @@ def test_variables_of_another_model():
     variables = count_up(model)
     with pytest.raises(ValueError, match=r"unknown .*params/classifier_1/bias'.*\(52 in all\)"):
         ghn_jax.to_torch(variables, zoo.resnet18())
-    with pytest.raises(ValueError, match=r"missing .*\(52 in all\), unknown \['classifier_1/bias'"):
+    with pytest.raises(ValueError, match="no 'params' but 'classifier_1', .* given as {'params':"):
         ghn_jax.to_torch(variables["params"], model)
     with pytest.raises(ValueError, match=r"classifier_1/bias is \(10,\), expected \(7,\)"):
         ghn_jax.to_torch(variables, zoo.squeezenet1_1(7))
@@ -263,6 +264,24 @@ def test_modules_that_are_not_converted():
     for convert in (torch_models.to_timm, torch_models.from_timm):
         with pytest.raises(TypeError, match="not for ResNet; to_torch gives"):
             convert({}, zoo.resnet18())
+
+
+def test_what_are_no_variables():
+    model, vit = zoo.squeezenet1_1(), zoo.vit_s_16()
+    hint = r"are a tuple; allowed: .*; predict_model returns \(variables, report\): give the first"
+    for variables, message in (
+        (({"params": {}}, None), hint),
+        (None, "the variables are None; allowed: a Linen model's"),
+        ([1], "the variables are a list; allowed"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ghn_jax.to_torch(variables, model)
+        with pytest.raises(TypeError, match=message):
+            torch_models.to_timm(variables, vit)
+    with pytest.raises(TypeError, match="the variables are an NNX module"):
+        torch_models.to_timm(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), vit)
+    with pytest.raises(TypeError, match="arrays is None; allowed: arrays under PyTorch's names"):
+        torch_models.from_timm(None, vit)
 
 
 def test_windows_of_pooling():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ghn_jax.deepnets1m.names import check_names
+from ghn_jax.files.messages import in_a_line
+from ghn_jax.tracing.given import check_model_and_variables
+from ghn_jax.wording import what_is
 from ghn_jax.zoo import GoogLeNet, Model, VisionTransformer
 from ghn_jax.zoo.swin import relative_position_index
 
@@ -113,6 +116,43 @@ def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...
     return shape
 
 
+def check_arrays(arrays: Any) -> None:
+    """Checks that something has arrays under names.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not isinstance(arrays, Mapping):
+        raise TypeError(
+            f"arrays is {what_is(arrays)}; allowed: arrays under PyTorch's names, as to_torch "
+            "returns them and a module's state_dict() is"
+        )
+
+
+def as_array(tensor: Any, name: str) -> np.ndarray:
+    """A tensor of PyTorch, or any array, as NumPy has it; it may share the tensor's memory.
+
+    Args:
+      tensor: of any device; whether it requires a gradient makes no difference.
+      name: of it, for the error.
+
+    Raises:
+      TypeError: it is of a kind that NumPy has none of: sparse, quantized, without data.
+    """
+    try:
+        if hasattr(tensor, "detach"):
+            tensor = tensor.detach().cpu()
+        if str(getattr(tensor, "dtype", None)) == "torch.bfloat16":
+            # PyTorch gives NumPy none; float32 holds its numbers, so that every bit stays.
+            return np.asarray(tensor.float()).astype(jnp.bfloat16)
+        return np.asarray(tensor)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise TypeError(
+            f"{name} is {what_is(tensor)} that NumPy cannot read ({in_a_line(error)}); allowed: "
+            "arrays, and dense tensors of PyTorch with a type of number that NumPy has, or bfloat16"
+        ) from error
+
+
 def _leaf_to_torch(leaf: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if leaf != "kernel":
         return x.reshape(shape)
@@ -185,7 +225,9 @@ def buffers(model: Model) -> dict[str, np.ndarray]:
 
 def _check_buffers(arrays: Mapping[str, np.ndarray], model: Model) -> None:
     for name, ours in buffers(model).items():
-        if ours.ndim and name in arrays and not np.array_equal(arrays[name], ours):
+        if not ours.ndim or name not in arrays:
+            continue
+        if not np.array_equal(as_array(arrays[name], name), ours):
             raise ValueError(
                 f"{name} is not that of {type(model).__name__}; allowed: torchvision's, or none"
             )
@@ -215,11 +257,14 @@ def to_torch(variables: Mapping, model: Model) -> dict[str, np.ndarray]:
       of batches only where there are statistics.
 
     Raises:
-      TypeError: the model is not the zoo's.
-      ValueError: the variables are not the model's; the message lists what differs.
+      TypeError: the model is not the zoo's, or the variables are none of a Linen model.
+      ValueError: the variables are not the model's; the message lists what differs. Or they are the
+        parameters alone, without their collection.
     """
+    found = tensors(model)
+    check_model_and_variables(model, variables)
     leaves = flatten_dict(variables)
-    expected = [t for t in tensors(model) if "batch_stats" in variables or not _is_statistic(t)]
+    expected = [t for t in found if "batch_stats" in variables or not _is_statistic(t)]
     want = {"/".join(path) for t in expected for path in t.paths}
     check_names({"/".join(path) for path in leaves}, want, "variables")
     arrays: dict[str, np.ndarray] = {}
@@ -240,18 +285,20 @@ def from_torch(arrays: Mapping[str, np.ndarray], model: Model) -> dict:
     """The way back: a model's variables from torchvision's state dict.
 
     Args:
-      arrays: as `to_torch` returns them; tensors of PyTorch on the CPU will do. `buffers` may be
-        missing; counters of batches are passed over.
+      arrays: as `to_torch` returns them; tensors of PyTorch will do, `dict(net.named_parameters())`
+        as well. `buffers` may be missing; counters of batches are passed over.
       model: of `ghn_jax.zoo`.
 
     Returns:
-      The collection 'params' and, if there are running statistics, 'batch_stats'.
+      The collection 'params' and, if there are running statistics, 'batch_stats', with the arrays'
+      types of numbers.
 
     Raises:
-      TypeError: the model is not the zoo's.
+      TypeError: the model is not the zoo's, or the arrays are something else.
       ValueError: names, shapes or buffers are not the model's; the message lists them. Or there are
         auxiliary heads, which the model has none of.
     """
+    check_arrays(arrays)
     _check_buffers(arrays, model)
     _check_no_heads(arrays, model)
     have = set(arrays) - buffers(model).keys()
@@ -260,7 +307,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], model: Model) -> dict:
     check_names(have, {t.name for t in expected}, "tensors")
     leaves = {}
     for t in expected:
-        array = np.asarray(arrays[t.name])
+        array = as_array(arrays[t.name], t.name)
         if array.shape != t.shape:
             raise ValueError(f"{t.name} is {array.shape}, expected {t.shape}")
         parts = np.split(array, len(t.paths))
@@ -290,6 +337,7 @@ def to_timm(variables: Mapping, model: VisionTransformer) -> dict[str, np.ndarra
 def from_timm(arrays: Mapping[str, np.ndarray], model: VisionTransformer) -> dict:
     """The way back: see `from_torch`."""
     _check_vit(model)
+    check_arrays(arrays)
     names = {timm_name(t.name): t.name for t in tensors(model)}
     check_names(set(arrays), set(names), "tensors")
     return from_torch({names[name]: array for name, array in arrays.items()}, model)

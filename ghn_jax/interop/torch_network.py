@@ -134,8 +134,9 @@ def to_torch(
       (batch norm's running statistics) are not among them, but for models of the zoo.
 
     Raises:
-      TypeError: the network is of another type.
-      ValueError: the tree is not that of the architecture; the message lists what differs.
+      TypeError: the network or its parameters are of another type.
+      ValueError: the tree is not that of the architecture; the message lists what differs. Or the
+        NNX module has layers stacked in one, as by `nnx.vmap`.
     """
     if isinstance(params, nnx.Module):
         return module_to_torch(params)
@@ -169,22 +170,19 @@ def from_torch(
     """The way back: a `params` tree, or a model's variables, from arrays under PyTorch's names.
 
     Args:
-      arrays: as `to_torch` returns them; tensors of PyTorch on the CPU will do. Running statistics
-        of batch norm are passed over: the networks run on batch statistics.
+      arrays: as `to_torch` returns them; tensors of PyTorch will do, `dict(net.named_parameters())`
+        as well. Running statistics of batch norm are passed over: the networks run on batch
+        statistics.
       arch: the architecture, its graph, or a model of the zoo, whose running statistics are kept
         (`torch_models.from_torch`).
       num_classes: classes of the network; a graph or a model has its own.
       image_size: height and width of the images, in pixels; a graph or a model has its own.
 
     Raises:
-      TypeError: the network is of another type.
+      TypeError: the network or the arrays are of another type.
       ValueError: names or shapes are not those of the architecture; the message lists them.
     """
-    if not isinstance(arrays, Mapping):
-        raise TypeError(
-            f"arrays is {what_is(arrays)}; allowed: arrays under PyTorch's names, as to_torch "
-            "returns them and a module's state_dict() is"
-        )
+    torch_models.check_arrays(arrays)
     if isinstance(arch, nn.Module):
         return torch_models.from_torch(arrays, arch)
     arch = _checked(arch)
@@ -194,8 +192,8 @@ def from_torch(
     check_names(set(arrays), {p.name for p in expected}, "tensors")
     params: dict = {}
     for p in expected:
-        array = np.asarray(arrays[p.name])
+        array = torch_models.as_array(arrays[p.name], p.name)
         if array.shape != p.shape:
             raise ValueError(f"{p.name} is {array.shape}, expected {p.shape}")
-        insert(params, p.path, jnp.asarray(p.from_torch(array)))
+        insert(params, p.path, jnp.array(p.from_torch(array)))  # a copy: PyTorch may write to its
     return params

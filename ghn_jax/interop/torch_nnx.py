@@ -26,21 +26,57 @@ def module_to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
     Raises:
       TypeError: a layer that PyTorch computes otherwise (a transposed convolution, a linear layer
         of several axes).
+      ValueError: layers are stacked in one, as by `nnx.vmap`; PyTorch has a module for each.
     """
     arrays: dict[str, np.ndarray] = {}
     inside: set[int] = set()  # layers of attention, which is converted as a whole
     for path, part in sorted(nnx.iter_modules(module), key=lambda found: len(found[0])):
         if id(part) in inside:
             continue
+        where = ".".join(map(str, path)) or "the module"
+        _check_is_one(part, where)
         if isinstance(part, nnx.MultiHeadAttention):
             inside |= {id(below) for _, below in nnx.iter_modules(part)}
             tensors = _attention(part)
         else:
-            tensors = _layer(part, ".".join(map(str, path)) or "the module")
+            tensors = _layer(part, where)
         for name, array in tensors:
             # An array of its own: JAX's may not be written to.
             arrays[".".join([*_names(module, path), name])] = np.array(array, order="C")
     return arrays
+
+
+def _variables(layer: nnx.Module) -> dict[str, tuple[Any, int]]:
+    """(variable, axes that it has in one layer) of the layers that are known, by their names."""
+    ranks: dict[str, int] = {}
+    if isinstance(layer, nnx.Linear):
+        ranks = {"kernel": 2, "bias": 1}
+    elif isinstance(layer, nnx.Conv):
+        ranks = {"kernel": len(layer.kernel_size) + 2, "bias": 1}
+    elif isinstance(layer, nnx.Embed):
+        ranks = {"embedding": 2}
+    elif isinstance(layer, _NORMS):
+        ranks = dict.fromkeys(("scale", "bias", *_STATISTICS), 1)
+    found = {name: (getattr(layer, name, None), rank) for name, rank in ranks.items()}
+    if isinstance(layer, nnx.MultiHeadAttention):
+        for part in ("query", "key", "value", "out"):
+            inner = getattr(layer, part)
+            found[f"{part}.kernel"] = inner.kernel, 3
+            found[f"{part}.bias"] = inner.bias, 1 if part == "out" else 2
+    return found
+
+
+def _check_is_one(layer: nnx.Module, where: str) -> None:
+    """Raises ValueError for stacked layers: their axis would be taken for one of PyTorch's."""
+    for name, (variable, rank) in _variables(layer).items():
+        if variable is not None and variable[...].ndim > rank:
+            raise ValueError(
+                f"{where} is {type(layer).__name__} layers stacked in one, as nnx.vmap makes them: "
+                f"its {name} is {variable[...].shape}, but {rank}-dimensional in a single layer; "
+                "PyTorch has a module for each, so make them one by one, in an nnx.List, or give "
+                "each alone: graphdef, state = nnx.split(stacked); "
+                "nnx.merge(graphdef, jax.tree.map(lambda x: x[0], state)) is the first"
+            )
 
 
 def _names(module: nnx.Module, path: Sequence) -> Iterator[str]:
