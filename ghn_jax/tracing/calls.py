@@ -20,15 +20,20 @@ from ghn_jax.wording import what_is
 
 def check_seed(seed) -> None:
     """Raises TypeError or ValueError for what is no number to make random keys of."""
-    dtype = getattr(seed, "dtype", None)
     if isinstance(seed, int):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed is {seed}; allowed: a whole number of up to 63 bits")
-    elif getattr(seed, "shape", None) != () or not jax.numpy.issubdtype(dtype, np.integer):
+    elif not isinstance(seed, np.integer) and not _is_whole(seed):
         raise TypeError(
             f"seed is {what_is(seed)}; allowed: a whole number, such as seed=0. Keys are given to "
             'a model\'s call as rngs={"dropout": key}'
         )
+
+
+def _is_whole(seed) -> bool:
+    """Whether something is an array of one whole number, traced ones included."""
+    is_array = isinstance(seed, (np.ndarray, jax.Array))
+    return is_array and seed.shape == () and jax.numpy.issubdtype(seed.dtype, np.integer)
 
 
 def check_linen_options(call: Mapping[str, Any]) -> None:
