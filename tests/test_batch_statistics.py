@@ -353,3 +353,50 @@ def test_wrong_models_and_variables(variables, images, name):
             getattr(ghn_jax, name)(model, given, batch)
     with pytest.raises(ValueError, match="a batch is a tuple; give arrays"):
         ghn_jax.average_statistics(Linen(), variables, [(images, 0)])
+
+
+FUNCTIONS = ["apply_on_batch", "average_statistics", "activation_statistics", "norm_check"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("linen", f) for f in FUNCTIONS] + [("nnx", f) for f in FUNCTIONS[:2]]
+)
+def test_images_that_do_not_fit(variables, images, name, kind):
+    model, given = (Linen(), variables) if kind == "linen" else (NnxNormed(), None)
+    other = images[..., :1]
+    batch = [other] if name == "average_statistics" else other
+    shape = ", ".join(map(str, other.shape))
+    message = rf"with images of shape \({shape}\).*; images are \(B, H, W, C\), of the size"
+    with pytest.raises(ValueError, match=message):
+        getattr(ghn_jax, name)(model, given, batch)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_images_that_are_no_arrays(variables, images, kind):
+    model, given = (Linen(), variables) if kind == "linen" else (NnxNormed(), None)
+    for other, message in (
+        (None, "cannot be called with None"),
+        ({"image": images}, "cannot be called with a dict"),
+        (np.array([["a"]]), "the images are of type <U1; allowed"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ghn_jax.apply_on_batch(model, given, other)
+    for other, message in (
+        (None, "batches is None; allowed"),
+        ({"image": images}, "batches is a dict; allowed"),
+        ([np.array([["a"]])], "the images are of type <U1; allowed"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ghn_jax.average_statistics(model, given, other)
+
+
+def test_models_that_take_a_dict_of_images(variables, images):
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, batch):
+            return Linen(name="within")(batch["image"])
+
+    given = {name: {"within": tree} for name, tree in variables.items()}
+    found = ghn_jax.apply_on_batch(Named(), given, {"image": images})
+    expected = ghn_jax.apply_on_batch(Linen(), variables, images)
+    np.testing.assert_array_equal(found, expected)

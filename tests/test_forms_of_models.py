@@ -129,21 +129,46 @@ class Reads(nn.Module):
             x = x + jnp.zeros((jnp.argmin(rates) + 1, 1))
         elif self.how == "shape":
             x = x.reshape((1, jnp.argmin(rates) + 32, 32, 3))
-        else:
+        elif self.how == "set":
+            x = x * len({rates[1]})
+        elif self.how == "wait":
+            x = x * rates.block_until_ready()[1]
+        elif self.how == "dlpack":  # as torch.tensor(rates) does
+            x = x * len(rates.__dlpack_device__())
+        elif self.how == "numpy":
             x = x * np.asarray(rates)[1]
         return nn.Dense(10)(x.mean((1, 2)))
 
 
 HOW = ["item", "index", "condition", "numpy", "text", "mask", "slice", "size", "shape"]
+HOW += ["set", "wait", "dlpack"]
 
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("initial", [False, True])
 def test_values_that_are_read_while_tracing(ghn, how, initial):
     model = Reads(how)
-    given = {"initial": model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))} if initial else {}
+    made = Reads("none") if how == "set" else model  # arrays are in no set, traced or not
+    given = {"initial": made.init(jax.random.key(0), jnp.zeros(IMAGES.shape))} if initial else {}
     with pytest.raises(ValueError, match=r"Reads reads .* \(line \d+ of .*forms_of_models.*np.lin"):
         ghn_jax.predict_model(*ghn, model, IMAGES, **given)
+
+
+@pytest.mark.parametrize("index", ["array", "text"])
+def test_layers_that_a_variable_chooses(ghn, index):
+    class Chosen(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Linear(3, 10, rngs=nnx.Rngs(i)) for i in range(2)])
+            self.which = nnx.Variable(jnp.ones((), jnp.int32))
+
+        def __call__(self, x):
+            return self.layers[self.which[...] if index == "array" else index](x.mean((1, 2)))
+
+    error, message = (ValueError, r"Chosen reads the value .*\(line .*self\.which")
+    if index == "text":
+        error, message = TypeError, "Invalid index type"
+    with pytest.raises(error, match=message):
+        ghn_jax.predict_model(*ghn, Chosen(), IMAGES)
 
 
 def test_other_errors_of_a_model_are_its_own(ghn):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 import ghn_jax
@@ -189,6 +190,13 @@ def test_dense_concatenations_are_torchvisions():
     assert degrees == [n for layers in (6, 12, 24, 16) for n in range(2, layers + 2)]
 
 
+class Shaped:
+    """Something with a shape and a type."""
+
+    def __init__(self, shape, dtype=np.float32):
+        self.shape, self.dtype = shape, dtype
+
+
 # --- What is given --------------------------------------------------------------------------------
 
 
@@ -198,11 +206,91 @@ def test_dense_concatenations_are_torchvisions():
         ([1, 2], "is no array; allowed: one array"),
         (jnp.zeros(3), r"is of shape \(3,\); allowed"),
         (jax.ShapeDtypeStruct((0, 8, 8, 3), jnp.float32), "is empty"),
+        ({"image": jnp.zeros((1, 2))}, r"is no array; .* give a Linen model method=.*an NNX model"),
+        (Shaped((None, 8, 8, 3)), r"shape \(None, 8, 8, 3\); allowed: .*such as 1 for a batch"),
+        (Shaped((-1, 8, 8, 3)), r"shape \(-1, 8, 8, 3\); allowed: .*such as 1 for a batch"),
+        (Shaped((1, 8, 8, 3), None), "is no array"),
+        (np.ndarray, "is no array"),
     ],
 )
 def test_bad_samples(sample, message):
-    with pytest.raises(ValueError, match=message):
-        model_graph(nn.Dense(3), sample)
+    for model in (nn.Dense(3), nnx.Linear(3, 3, rngs=nnx.Rngs(0))):
+        with pytest.raises(ValueError, match=message):
+            model_graph(model, sample)
+
+
+@pytest.mark.parametrize(
+    ("sample", "named"),
+    [
+        (np.array([["a"]]), "<U1"),
+        (np.array([[None, 1]], object), "object"),
+        (np.zeros((1, 8, 8, 3), "datetime64[s]"), "datetime64.s."),
+        (np.zeros((1, 8, 8, 3), [("red", "f4")]), "red"),
+        (jax.random.split(jax.random.key(0), (2, 3)), "key<"),
+    ],
+)
+def test_samples_that_are_no_numbers(sample, named):
+    for model in (nn.Dense(3), nnx.Linear(3, 3, rngs=nnx.Rngs(0))):
+        with pytest.raises(TypeError, match=f"of type .*{named}.*, not of numbers; allowed"):
+            model_graph(model, sample)
+
+
+def test_samples_of_other_libraries():
+    expected = model_graph(nn.Dense(3), np.zeros((2, 4), np.float32))
+    for sample in (
+        torch.zeros((2, 4), requires_grad=True),
+        torch.zeros((2, 4), dtype=torch.bfloat16),
+        Shaped([2, 4], "float32"),
+        np.ones((2, 4), bool),
+    ):
+        assert model_graph(nn.Dense(3), sample).param_shapes == expected.param_shapes
+
+
+class Small(nn.Module):
+    """Takes images of 32 pixels and more."""
+
+    @nn.compact
+    def __call__(self, x):
+        for channels in (6, 16):
+            x = nn.avg_pool(nn.Conv(channels, (5, 5), padding="VALID")(x), (2, 2), (2, 2))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+class Fixed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(x.reshape(-1, 32 * 32 * 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "said"),
+    [
+        (lambda: Small(), (1, 8, 8, 3), "division by zero"),
+        (lambda: Fixed(), (1, 17, 17, 3), "reshape"),
+        (lambda: nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), (1, 3, 16, 16), "feature"),
+    ],
+)
+def test_shapes_that_a_model_cannot_be_called_with(model, shape, said):
+    named = "of shape " + str(shape).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=f"{named}.*{said}.*; images are .B, H, W, C.") as error:
+        model_graph(model(), jnp.zeros(shape))
+    assert str(error.value).count("\n") == 0
+    assert said in str(error.value.__cause__)
+
+
+def test_models_that_take_a_dict():
+    class Named(nn.Module):
+        how: str = "item"
+
+        @nn.compact
+        def __call__(self, batch):
+            image = batch["image"] if self.how == "item" else dict(batch.items())["image"]
+            return nn.Dense(10)(image.mean((1, 2)))
+
+    for how in ("item", "items"):
+        with pytest.raises(TypeError, match=r"takes something else.*method=lambda m, x: m\(\{"):
+            model_graph(Named(how), IMAGES)
+    assert len(model_graph(Named(), IMAGES, method=lambda m, x: m({"image": x})))
 
 
 def test_notes_of_nnx_modules_say_where():

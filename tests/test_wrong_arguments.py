@@ -1,12 +1,16 @@
 """Something else than a public function takes is said in a sentence of ours, whatever it is."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import ghn_jax
 from ghn_jax.evaluation.module_training import ModuleTraining
+from ghn_jax.tracing.model_graph import trace
 
 ARCH = ghn_jax.evaluation_set("val")[0]
 GHN = ghn_jax.GHN()
@@ -66,3 +70,55 @@ def test_a_wrong_argument_is_named(taken, name, given, words):
     what, _, allowed = str(error.value).partition("; allowed: ")
     assert what.endswith(words)
     assert taken in allowed
+
+
+class Named(nn.Module):
+    """Has no `__call__`."""
+
+    def setup(self):
+        self.head = nn.Dense(10)
+
+    def forward(self, x):
+        return self.head(x.mean((1, 2)))
+
+
+class NnxNamed(nnx.Module):
+    """Has no `__call__`."""
+
+    def __init__(self):
+        self.head = nnx.Linear(3, 10, rngs=nnx.Rngs(0))
+
+    def forward(self, x):
+        return self.head(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": jax.random.key(0)}, TypeError, r"seed is .*; allowed: a whole number"),
+        ({"seed": jax.random.PRNGKey(0)}, TypeError, r"seed is .*; allowed: a whole number"),
+        ({"seed": "0"}, TypeError, "seed is a str; allowed: a whole number"),
+        ({"seed": 1.5}, TypeError, "seed is a float; allowed: a whole number"),
+        ({"seed": 2**70}, ValueError, r"seed is \d+; allowed"),
+        ({"method": "forwards"}, ValueError, "Named has no forwards; .*, of forward$"),
+        ({"method": None}, ValueError, "Named has no __call__; .*, of forward$"),
+        ({"method": 3}, TypeError, "method is an int; allowed"),
+        ({"mutable": 3}, TypeError, "mutable is an int; allowed"),
+    ],
+)
+def test_options_of_a_call(options, error, message):
+    options = {"method": "forward", **options}
+    with pytest.raises(error, match=message):
+        ghn_jax.predict_model(GHN, GHN.init_variables(0), Named(), IMAGES, **options)
+
+
+def test_what_is_allowed_of_a_call():
+    for seed in (3, np.int64(3), jnp.int32(3)):
+        for mutable in (True, "a", ("a",), frozenset("a"), nn.DenyList("a")):
+            call = {"mutable": mutable, "method": Named.forward}
+            assert len(trace(Named(), IMAGES, 1, seed=seed, call=call).paths) == 2
+
+
+def test_nnx_modules_that_cannot_be_called():
+    with pytest.raises(TypeError, match="NnxNamed has no __call__.* calls forward$"):
+        ghn_jax.model_graph(NnxNamed(), IMAGES)

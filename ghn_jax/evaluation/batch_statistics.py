@@ -23,6 +23,8 @@ from ghn_jax.tracing.given import (
 )
 from ghn_jax.tracing.model_graph import unwrap
 from ghn_jax.tracing.named_axes import bind_axes
+from ghn_jax.tracing.sample import check_images, input_fits
+from ghn_jax.wording import what_is
 
 
 def given(model, variables) -> tuple[nn.Module | nnx.Module, Any]:
@@ -156,12 +158,15 @@ def apply_on_batch(
       **call: keyword arguments of the model's call. `nnx.Rngs` among them are not used up.
 
     Raises:
-      TypeError: the model is no module, or the variables are not of its kind.
-      ValueError: a batch norm that is not Flax's, whose statistics cannot be replaced; or the
-        variables have no 'params', or are shapes. Where variables may be statistics by their names
-        ('mean' alone, or in a collection of constants), a warning.
+      TypeError: the model is no module, the variables are not of its kind, or the images are no
+        array of numbers where the model takes one.
+      ValueError: the model cannot be called with images of this shape; a batch norm that is not
+        Flax's, whose statistics cannot be replaced; or the variables have no 'params', or are
+        shapes. Where variables may be statistics by their names ('mean' alone, or in a collection
+        of constants), a warning.
     """
     model, variables = given(model, variables)
+    check_images(images)
     if isinstance(model, nnx.Module):
         return _nnx_on_batch(variables, images, copied_nodes(call))[0]
     return linen_on_batch(model, variables, images, call)
@@ -170,7 +175,7 @@ def apply_on_batch(
 def linen_on_batch(model: nn.Module, variables: Mapping, images: jax.Array, call: Mapping):
     """`apply_on_batch` of what `given` gave: with what was updated, where `call` says so."""
     run = bind_axes(lambda variables, images: model.apply(variables, images, **call))
-    with _on_batch(momentum=0.0):
+    with input_fits(model, images, "images"), _on_batch(momentum=0.0):
         return cast(jax.Array, run(variables, images))
 
 
@@ -190,7 +195,8 @@ def average_statistics(
       new module for an NNX module.
 
     Raises:
-      TypeError: the model is no module, or the variables are not of its kind.
+      TypeError: the model is no module, the variables are not of its kind, or the batches are not
+        several.
       ValueError: the model has no statistics, or there is no batch; or as `apply_on_batch`.
     """
     model, variables = given(model, variables)
@@ -198,6 +204,11 @@ def average_statistics(
         raise ValueError(
             f"batches is one array {tuple(batches.shape)}; give several batches of images "
             "(B, H, W, C), or [images] for one"
+        )
+    if isinstance(batches, (str, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is {what_is(batches)}; allowed: several batches of images (B, H, W, C), or "
+            "[images] for one"
         )
     batches = map(_check_batch, batches)
     if isinstance(model, nnx.Module):
@@ -220,6 +231,7 @@ def _check_batch(images):
             f"a batch is a {type(images).__name__}; give arrays of images (B, H, W, C), "
             "without their labels"
         )
+    check_images(images)
     return images
 
 
@@ -312,7 +324,8 @@ def _nnx_on_batch(module: nnx.Module, images: jax.Array, arguments: Callable[[],
         put_on_batch(copy)
         return copy(images, **arguments()), nnx.state(copy, nnx.BatchStat)
 
-    return run(states, images)
+    with input_fits(module, images, "images"):
+        return run(states, images)
 
 
 def _average_nnx(module: nnx.Module, batches: Iterable[jax.Array], call: Mapping) -> nnx.Module:

@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
-import re
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -24,11 +21,19 @@ import numpy as np
 from flax import nnx
 
 from ghn_jax.deepnets1m.graph import Graph
+from ghn_jax.tracing.calls import (
+    check_linen_options,
+    check_nnx_call,
+    check_seed,
+    method_exists,
+    values_are_not_read,
+)
 from ghn_jax.tracing.given import check_variables, copied_nodes, with_collection
 from ghn_jax.tracing.initial_values import filled_with, read_init
 from ghn_jax.tracing.jaxpr_graph import Reading, read_graph
 from ghn_jax.tracing.named_axes import bind_axes
 from ghn_jax.tracing.outputs import choose_output
+from ghn_jax.tracing.sample import check_sample, input_fits
 from ghn_jax.wording import what_is
 
 # Of the settings of JAX and Flax, those that decide on types, initial values and trees.
@@ -74,19 +79,6 @@ def _paths(tree) -> list[str]:
     ]
 
 
-def _check_sample(sample) -> jax.ShapeDtypeStruct:
-    shape, dtype = getattr(sample, "shape", None), getattr(sample, "dtype", None)
-    if shape is None or dtype is None or len(shape) < 2:
-        given = "no array" if shape is None else f"of shape {tuple(shape)}"
-        raise ValueError(
-            f"the sample input is {given}; allowed: one array with a batch axis, such as "
-            "jnp.zeros((1, 32, 32, 3)), or a jax.ShapeDtypeStruct"
-        )
-    if 0 in shape:
-        raise ValueError(f"the sample input of shape {tuple(shape)} is empty; give one image")
-    return jax.ShapeDtypeStruct(tuple(shape), jax.dtypes.canonicalize_dtype(dtype))
-
-
 def trace(
     model: nn.Module | nnx.Module,
     sample,
@@ -108,12 +100,14 @@ def trace(
       output: which of the arrays that it returns; see `outputs.choose_output`.
       call: keyword arguments of the model's call.
     """
-    sample = _check_sample(sample)
+    sample = check_sample(sample)
+    check_seed(seed)
     model, initial = unwrap(model, initial)
     if isinstance(model, nnx.Module):
         if initial is not None:
             raise ValueError("an NNX module holds its initial values; initial is for Linen models")
-        with _values_are_not_read(model):
+        check_nnx_call(model)
+        with input_fits(model, sample, "a sample"), values_are_not_read(model):
             return _trace_nnx(model, sample, virtual_edges, output, call)
     if isinstance(model, nn.Module):
         return _trace_linen(model, sample, virtual_edges, initial, seed, output, call)
@@ -137,52 +131,6 @@ def unwrap(model, initial: Mapping | None):
         except (AttributeError, ValueError):  # made without parameters
             return module, None
     return module, initial if "params" in initial else {"params": initial}
-
-
-_READS = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
-
-
-def _reads_values(error: Exception) -> bool:
-    """Whether a value is read: sizes and slices, and numbers written out, have no error of JAX."""
-    text = str(error)
-    wanted = re.search(r"\b(concrete|static)\b|__format__", text)
-    return isinstance(error, _READS) or bool(re.search("Trace[rd]", text) and wanted)
-
-
-@contextlib.contextmanager
-def _values_are_not_read(model):
-    """Says what to change where a model cannot be traced: it reads values, or updates others'."""
-    try:
-        yield
-    except flax.errors.TraceContextError as error:
-        updated = re.search(r"Cannot \w+ (\w+)", str(error))
-        raise ValueError(
-            f"the call of {type(model).__name__} updates {updated[1] if updated else 'a variable'}"
-            f"{_line_of(error)}, which is no part of the model; make it one (self.norm = ..., "
-            "self.rngs = ...), or give it to the call as an argument, by itself or in dicts, "
-            "lists and tuples"
-        ) from error
-    except (TypeError, IndexError) as error:
-        if not _reads_values(error):
-            raise
-        raise ValueError(
-            f"{type(model).__name__} reads the value of an array while it is called"
-            f"{_line_of(error)}; jax.jit could not run it either. Compute such numbers with NumPy "
-            "(np.linspace for jnp.linspace), or give them to the model when it is made"
-        ) from error
-
-
-def _line_of(error: Exception) -> str:
-    """The line of the user's own code where an error came up."""
-    libraries = tuple(str(Path(str(module.__file__)).parent) for module in (jax, flax))
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(libraries)]
-    return f" (line {own[-1].lineno} of {own[-1].filename}: {own[-1].line})" if own else ""
 
 
 class _Identity:
@@ -247,7 +195,8 @@ def trace_once(
         settings = tuple(
             getattr(config, name, None) for config, names in _SETTINGS for name in names
         )
-        sizes = _check_sample(sample), virtual_edges
+        sizes = check_sample(sample), virtual_edges
+        check_seed(seed)
         try:
             key = _Identity(model), *sizes, seed, output, _Call(call), settings
             hash(key)
@@ -263,7 +212,13 @@ _ALLOWED_INITIAL = "allowed: all that model.init gives, {'params': {...}, 'batch
 
 
 def _trace_linen(model, sample, virtual_edges, initial, seed, output, call) -> TracedModel:
-    with _values_are_not_read(model), _initial_fits(model, initial):
+    check_linen_options(call)
+    with (
+        input_fits(model, sample, "a sample"),
+        values_are_not_read(model),
+        method_exists(model, call.get("method")),
+        _initial_fits(model, initial),
+    ):
         return _trace_variables(model, sample, virtual_edges, initial, seed, output, call)
 
 

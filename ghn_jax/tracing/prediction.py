@@ -64,7 +64,7 @@ def predict_model(
       ghn, ghn_variables: the hypernetwork.
       model: a Linen or NNX module, as it is called to give logits; or one of Hugging Face's models,
         for its `module` and `params`.
-      sample: an input (B, H, W, C), or its `jax.ShapeDtypeStruct`.
+      sample: an input (B, H, W, C), also PyTorch's, or its `jax.ShapeDtypeStruct`.
       initial: a Linen model's variables, for what is not predicted; None: `model.init`'s.
       keep_head: leave the classifier at its initial value whatever its classes.
       predict_constants: predict also what the model fills with one number on purpose (but for the
@@ -83,10 +83,13 @@ def predict_model(
       new module; the one given is not changed. And the report.
 
     Raises:
-      TypeError: the model is no Flax module, or the hypernetwork is none.
-      ValueError: the model cannot be traced (several outputs, of which none is named; parameters in
-        loops or branches that depend on values; values that it reads), `initial` is not of the
-        model, no parameter belongs to a primitive, or `strict` and some parameter is left.
+      TypeError: the model is no Flax module, or the hypernetwork is none; the sample is not of
+        numbers, the model takes no array, or a seed or an option of the call is of another kind.
+      ValueError: the sample is no array with sizes, or the model cannot be called with its shape;
+        the model has no such method, or cannot be traced (several outputs, of which none
+        is named; parameters in loops or branches that depend on values; values that it reads),
+        `initial` is not of the model, no parameter belongs to a primitive, or `strict` and some
+        parameter is left.
     """
     check_hypernetwork(ghn, ghn_variables)
     options = {"initial": initial, "seed": seed, "output": output}
