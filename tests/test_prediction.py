@@ -377,8 +377,8 @@ def test_hypernetworks_that_are_none(ghn):
         ((variables, model), "the hypernetwork is a dict"),
         ((type(model), variables), "the hypernetwork is the class GHN"),
         ((ghn, Small()), "the hypernetwork is a tuple"),
-        ((model, variables["params"]), "ghn_variables is a dict of "),
-        ((model, None), "ghn_variables is None"),
+        ((model, variables["params"]), "variables are a dict of "),
+        ((model, None), "variables are None"),
     ):
         with pytest.raises(TypeError, match=f"{said}.*allowed"):
             ghn_jax.predict_model(*given, Small(), IMAGES)

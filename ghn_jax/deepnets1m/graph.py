@@ -15,7 +15,7 @@ from ghn_jax.deepnets1m.operations import classifier_piece, operation_pieces, pi
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.deepnets1m.units import Node
 from ghn_jax.deepnets1m.wiring import IMAGE, Wiring, wire
-from ghn_jax.wording import what_is
+from ghn_jax.files.messages import what_is
 
 # The 15 primitives of Table 1; a primitive's id is its position (the authors' order).
 PRIMITIVES = (

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ghn_jax.deepnets1m.architecture import Architecture, Edge
 from ghn_jax.deepnets1m.task import Task
-from ghn_jax.wording import what_is
+from ghn_jax.files.messages import what_is
 
 State = int
 Feature = tuple[State | None, ...]

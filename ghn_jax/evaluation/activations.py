@@ -32,11 +32,11 @@ from ghn_jax.engine.engine import Engine, weights_of
 from ghn_jax.engine.plan import make_plan
 from ghn_jax.evaluation.accuracy import draw_parameter
 from ghn_jax.evaluation.batch_statistics import given, linen_on_batch, put_on_batch
+from ghn_jax.files.messages import what_is
 from ghn_jax.tracing.given import copied_nodes
 from ghn_jax.tracing.model_graph import map_parameters, trace, unwrap
 from ghn_jax.tracing.named_axes import bind_axes
 from ghn_jax.tracing.report import shape_of
-from ghn_jax.wording import what_is
 
 
 @dataclasses.dataclass(frozen=True)

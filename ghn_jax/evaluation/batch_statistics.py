@@ -16,6 +16,7 @@ import jax
 from flax import nnx
 from flax.core.scope import union_filters
 
+from ghn_jax.files.messages import what_is
 from ghn_jax.tracing.given import (
     check_model_and_variables,
     copied_nodes,
@@ -24,7 +25,6 @@ from ghn_jax.tracing.given import (
 from ghn_jax.tracing.model_graph import unwrap
 from ghn_jax.tracing.named_axes import bind_axes
 from ghn_jax.tracing.sample import check_images, input_fits
-from ghn_jax.wording import what_is
 
 
 def given(model, variables) -> tuple[nn.Module | nnx.Module, Any]:

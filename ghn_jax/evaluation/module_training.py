@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ghn_jax.files.messages import what_is
 from ghn_jax.training.meta_loss import cross_entropy
-from ghn_jax.wording import what_is
 
 
 class ModuleState(NamedTuple):

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ghn_jax.files.messages import what_is
 from ghn_jax.tracing.model_graph import map_parameters
 from ghn_jax.tracing.report import ParameterReport, PredictionReport
-from ghn_jax.wording import what_is
 
 
 def tiled_kernels(report: PredictionReport) -> list[str]:

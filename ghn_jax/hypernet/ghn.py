@@ -20,6 +20,7 @@ import numpy as np
 
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import PRIMITIVES, Graph, build_graph
+from ghn_jax.files.messages import what_is
 from ghn_jax.hypernet.centred_decoder import CentredDecoder
 from ghn_jax.hypernet.conv_decoder import ConvDecoder
 from ghn_jax.hypernet.decoder import Decoder, ShapeEncoder
@@ -36,7 +37,6 @@ from ghn_jax.hypernet.tiling import (
     node_tensors,
     tile_kind,
 )
-from ghn_jax.wording import what_is
 
 
 class GHN(nn.Module):

@@ -19,9 +19,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ghn_jax.deepnets1m.names import check_names
-from ghn_jax.files.messages import in_a_line
+from ghn_jax.files.messages import in_a_line, what_is
 from ghn_jax.tracing.given import check_model_and_variables
-from ghn_jax.wording import what_is
 from ghn_jax.zoo import GoogLeNet, Model, VisionTransformer
 from ghn_jax.zoo.swin import relative_position_index
 

@@ -14,9 +14,9 @@ from flax import nnx
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import PRIMITIVE_ID, Graph, build_graph
 from ghn_jax.deepnets1m.names import check_names, insert, parameter_path
+from ghn_jax.files.messages import what_is
 from ghn_jax.interop import torch_models
 from ghn_jax.interop.torch_nnx import module_to_torch
-from ghn_jax.wording import what_is
 from ghn_jax.zoo import Model
 
 

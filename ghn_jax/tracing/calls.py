@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ghn_jax.files.messages import what_is
 from ghn_jax.tracing.sample import line_of
-from ghn_jax.wording import what_is
 
 
 def check_seed(seed) -> None:

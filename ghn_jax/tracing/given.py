@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from ghn_jax.wording import what_is
+from ghn_jax.files.messages import what_is
 
 
 def check_variables(variables) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from ghn_jax.deepnets1m.graph import Graph
+from ghn_jax.files.messages import what_is
 from ghn_jax.tracing.calls import (
     check_linen_options,
     check_nnx_call,
@@ -34,7 +35,6 @@ from ghn_jax.tracing.jaxpr_graph import Reading, read_graph
 from ghn_jax.tracing.named_axes import bind_axes
 from ghn_jax.tracing.outputs import choose_output
 from ghn_jax.tracing.sample import check_sample, input_fits
-from ghn_jax.wording import what_is
 
 # Of the settings of JAX and Flax, those that decide on types, initial values and trees.
 _SETTINGS = (

@@ -12,7 +12,7 @@ import flax
 import jax
 import numpy as np
 
-from ghn_jax.wording import what_is
+from ghn_jax.files.messages import what_is
 
 _ALLOWED = (
     "allowed: one array with a batch axis, such as jnp.zeros((1, 32, 32, 3)), or a "
