@@ -327,6 +327,17 @@ def test_factors():
     assert [f.factor for f in findings] == pytest.approx([11, 1 / 11, 0, math.inf, math.inf])
 
 
+@pytest.mark.parametrize("model", [Net(), Same({})])
+def test_images_that_do_not_fit(model, variables, images):
+    variables = variables if isinstance(model, Net) else model
+    for wrong, error, said in (
+        (images[..., :1], ValueError, r"with images of shape \(\d+, .* 1\)"),
+        (None, TypeError, "cannot be called with None"),
+    ):
+        with pytest.raises(error, match=said):
+            ghn_jax.activation_statistics(model, variables, wrong)
+
+
 def test_what_cannot_be_looked_at(variables, images):
     for call, error, message in (
         (lambda: ghn_jax.activation_statistics(len, variables, images), TypeError,

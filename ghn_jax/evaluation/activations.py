@@ -37,6 +37,7 @@ from ghn_jax.tracing.given import copied_nodes
 from ghn_jax.tracing.model_graph import map_parameters, trace, unwrap
 from ghn_jax.tracing.named_axes import bind_axes
 from ghn_jax.tracing.report import shape_of
+from ghn_jax.tracing.sample import check_images, input_fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,9 +239,11 @@ def recorder(model: nn.Module | nnx.Module, *, engine: Engine | None = None, **c
 
     def statistics(variables, images) -> list[LayerStatistics]:
         _, variables = given(model, variables)
-        if not len(images):
-            raise ValueError("the batch has no images; the paper's have 64")
-        outputs = jax.device_get(run(variables, images))
+        check_images(images)
+        with input_fits(module, images, "images"):
+            if not len(images):
+                raise ValueError("the batch has no images; the paper's have 64")
+            outputs = jax.device_get(run(variables, images))
         if not outputs:
             raise ValueError(
                 f"{type(model).__name__} has no layer with parameters of its own to look at "
