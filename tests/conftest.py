@@ -1,7 +1,10 @@
 """Common settings of all tests: two CPU devices, and where the shared files are."""
 
+import atexit
 import multiprocessing
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -29,6 +32,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         known = pool.apply(known_options, (_SHORT_COMPILATION,))
     flags = (f"--{option}={str(value).lower()}" for option, value in known.items())
     os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags))
+    # Commands keep their programs in a folder of the tests, not in the user's.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ghn-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", None)  # what workers have read at their start
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,14 +43,6 @@ def engine_for_a_single_run():
     """The engine's programs are compiled as all others are; as in training in `test_mesh.py`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "program_options", lambda device: single_run_options())
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def programs_of_the_tests(tmp_path_factory):
-    """Commands keep their programs in a folder of the tests, not in the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
         yield
 
 
