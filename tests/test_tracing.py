@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 import ghn_jax
@@ -236,6 +235,7 @@ def test_samples_that_are_no_numbers(sample, named):
 
 
 def test_samples_of_other_libraries():
+    torch = pytest.importorskip("torch")
     expected = model_graph(nn.Dense(3), np.zeros((2, 4), np.float32))
     for sample in (
         torch.zeros((2, 4), requires_grad=True),
