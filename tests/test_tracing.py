@@ -293,6 +293,18 @@ def test_models_that_take_a_dict():
     assert len(model_graph(Named(), IMAGES, method=lambda m, x: m({"image": x})))
 
 
+def test_faults_of_a_model_are_its_own():
+    class Unset(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(10)(x) * self.options.get("scale")
+
+        options = None
+
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'get'"):
+        model_graph(Unset(), IMAGES)
+
+
 def test_notes_of_nnx_modules_say_where():
     class Net(nnx.Module):
         def __init__(self, rngs):

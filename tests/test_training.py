@@ -471,13 +471,21 @@ def test_a_run_of_another_hypernetwork_is_not_resumed(runs, digits):
     assert files(runs / "whole") == before
 
 
-def test_a_run_goes_on_with_the_options_that_it_was_started_with(runs, digits, tmp_path):
+def test_a_run_goes_on_with_the_options_that_it_was_started_with(
+    runs, digits, tmp_path, monkeypatch
+):
     run = tmp_path / "run"
     shutil.copytree(runs / "whole", run)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     given = train.parse(["--resume", "--out", str(run), "--steps", "6"])
     before = config(runs / "whole", runs, steps=6, resume=True)
     assert given == before.replace(out=run)
     loop.check(given)
+    # But where programs are kept is a matter of the machine.
+    for words, kept in (([], "here"), (["--cache-dir", "there"], "there")):
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "here")
+        assert train.parse(["--resume", "--out", str(run), *words]).run.cache_dir == Path(kept)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     assert train.parse(["--resume", "auto", "--out", str(run)]).run.resume
     fresh = train.parse(["--out", str(tmp_path / "new"), "--preset", "demo", "--resume", "auto"])
     assert fresh == preset("demo").replace(out=tmp_path / "new")

@@ -22,6 +22,7 @@ folder that all of them see.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,11 @@ import tyro
 
 from ghn_jax.cli import command
 from ghn_jax.data.images import Images, load_images
-from ghn_jax.engine.compilation import keep_programs
+from ghn_jax.engine.compilation import (
+    PROGRAM_FOLDER_VARIABLE,
+    default_program_folder,
+    keep_programs,
+)
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.evaluation.validation import load_validation
 from ghn_jax.hypernet.checkpoint import Checkpoints
@@ -99,6 +104,8 @@ def _found_run(out: Path, arguments: Sequence[str]) -> tuple[TrainConfig | None,
 
 def _options(checkpoints: Checkpoints, out: Path) -> TrainConfig:
     found = TrainConfig.read(checkpoints.config()["training"])
+    if PROGRAM_FOLDER_VARIABLE in os.environ:  # of this machine, not of the one of the run before
+        found = found.replace(cache_dir=default_program_folder())
     return found.replace(out=out, resume=False, override=False)
 
 

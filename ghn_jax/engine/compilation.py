@@ -15,12 +15,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from ghn_jax.engine.program_digests import check_programs
 
 _log = logging.getLogger(__name__)
+PROGRAM_FOLDER_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def default_program_folder() -> Path:
     """Where compiled programs are kept unless told otherwise: JAX's own variable goes first."""
-    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/ghn_jax"))
+    return Path(os.environ.get(PROGRAM_FOLDER_VARIABLE, "~/.cache/ghn_jax"))
 
 
 def keep_programs(folder: str | Path) -> None:

@@ -83,7 +83,9 @@ _TAKES_OTHERS = (
 )
 _SHAPES = re.compile(r"shape|size|dim|axis|axes|broadcast|channel|feature|rank|reshape", re.I)
 _OF_VARIABLES, _AND_VARIABLES = flax.errors.ScopeParamShapeError, ", and variables this model's"
-_TREE = re.compile(r"string ind|must be a mapping|no attribute '?(items|keys|values|get)\b")
+_TREE = re.compile(
+    r"string ind|must be a mapping|(Tracer|Array)\S* .*no attribute '?(items|keys|values|get)\b"
+)
 
 
 @contextlib.contextmanager
