@@ -311,6 +311,10 @@ LEFT = {
         lambda m, x: x * nn.sigmoid(x.mean((1, 2), keepdims=True)) * param(m, "scale", (8,)),
         {"scale": "a scale without a norm in Layer"},
     ),
+    "a scale after a product with the mean": (
+        lambda m, x: x * x.mean((1, 2), keepdims=True) * param(m, "scale", (8,)),
+        {"scale": "a scale without a norm in Layer"},
+    ),
     "a scale after a gate over space": (
         lambda m, x: x / (1 + jnp.exp(-x.mean(-1, keepdims=True))) * param(m, "scale", (8,)),
         {"scale": "a scale without a norm in Layer"},
