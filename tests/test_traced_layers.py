@@ -33,6 +33,17 @@ def folded_batch_norm(m, x):
     return x * factor + (param(m, "bias", (c,)) - x.mean((0, 1, 2)) * factor)
 
 
+def multiplied_out(m, x):
+    inverse, c = jax.lax.rsqrt(x.var((0, 1, 2)) + 1e-5), x.shape[-1]
+    scale = param(m, "scale", (c,))
+    whole = x * inverse * scale - x.mean((0, 1, 2)) * inverse * scale
+    return whole + param(m, "bias", (c,))
+
+
+def divided_by_its_mean(m, x):
+    return x * (1 / jnp.abs(x).mean(-1, keepdims=True)) * param(m, "scale", (x.shape[-1],))
+
+
 def excite(m, x):
     gate = nn.Dense(8)(nn.relu(nn.Dense(2)(x.mean((1, 2)))))
     return x * nn.sigmoid(gate)[:, None, None]
@@ -129,6 +140,8 @@ LAYERS = {
     ),
     "batch norm, running": (lambda m, x: nn.BatchNorm(use_running_average=True)(x), BN),
     "batch norm, of the batch": (lambda m, x: nn.BatchNorm(use_running_average=False)(x), BN),
+    "batch norm, multiplied out": (multiplied_out, BN),
+    "norm by a reciprocal": (divided_by_its_mean, [("ln", (8,))]),
     "batch norm, folded": (folded_batch_norm, BN),
     "batch norm, no scale": (
         lambda m, x: nn.BatchNorm(use_running_average=True, use_scale=False)(x),
@@ -309,6 +322,11 @@ LEFT = {
     ),
     "a scale after a gate": (
         lambda m, x: x * nn.sigmoid(x.mean((1, 2), keepdims=True)) * param(m, "scale", (8,)),
+        {"scale": "a scale without a norm in Layer"},
+    ),
+    "a scale after a gate of pooled features": (
+        lambda m, x: (lambda y: y * nn.sigmoid(y.mean(-1, keepdims=True)))(x.mean((1, 2)))
+        * param(m, "scale", (8,)),
         {"scale": "a scale without a norm in Layer"},
     ),
     "a scale after a product with the mean": (

@@ -205,6 +205,8 @@ class Elementwise(Findings):
         along = self._along(x, p) if len(p.axes) == len(x.axes) else {}
         if row.primitive in ("bn", "ln") and x.fresh and row.bias is None:
             mine = {p.key, *p.others} - {row.weight}
+            if not mine:  # the mean, weighed as the rest is
+                return dataclasses.replace(x, axes=axes)
             if len(mine) == 1:
                 (key,) = mine
                 row.bias = key
