@@ -304,6 +304,14 @@ def test_faults_of_a_model_are_its_own():
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'get'"):
         model_graph(Unset(), IMAGES)
 
+    class Strict(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            raise ValueError("channels are not what I take")
+
+    with pytest.raises(ValueError, match="^channels are not what I take"):
+        model_graph(Strict(), IMAGES)
+
 
 def test_notes_of_nnx_modules_say_where():
     class Net(nnx.Module):
