@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ghn_jax.cli import train
@@ -69,9 +70,27 @@ def test_the_learning_rate_of_a_cosine():
         optimiser.rate(10, 50)
 
 
+def test_muon_moves_matrices_in_all_directions_alike():
+    rng = np.random.default_rng(0)
+    gradient = {"matrix": rng.standard_normal((24, 64)) @ np.diag(np.logspace(0, -2, 64)),
+                "bias": rng.standard_normal(64)}  # fmt: skip
+    gradient = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient)
+    params = jax.tree.map(jnp.zeros_like, gradient)
+    config = preset("ghn2").replace(optimiser="muon", clip=1e9, learning_rate=1e-2)
+    muon, others = config.optimiser.make(1, 1), optax.nadamw(1e-2, weight_decay=1e-5)
+    step, _ = muon.update(gradient, muon.init(params), params)
+    expected, _ = others.update(gradient, others.init(params), params)
+    np.testing.assert_allclose(step["bias"], expected["bias"], rtol=1e-5)
+    sizes = np.linalg.svd(step["matrix"], compute_uv=False)
+    assert sizes.max() < 2 * sizes.min()  # of the gradient: 100 times
+    assert np.vdot(step["matrix"], gradient["matrix"]) < 0
+    # As large as a fifth of Adam's step, which moves every number by the learning rate.
+    np.testing.assert_allclose(np.std(step["matrix"]), 0.2 * 1e-2, rtol=0.2)
+
+
 def test_weight_decay_of_adamw_is_not_in_the_gradient():
     params = jnp.full((), 2.0)
-    for name, expected in (("adamw", 4e-3 * 1e-2 * 2), ("adam", 4e-3)):
+    for name, expected in (("adamw", 4e-3 * 1e-2 * 2), ("muon", 4e-3 * 1e-2 * 2), ("adam", 4e-3)):
         config = preset("ghn2").replace(optimiser=name, weight_decay=1e-2, learning_rate=4e-3)
         optimizer = config.optimiser.make(1, 1)
         step, _ = optimizer.update(jnp.zeros(()), optimizer.init(params), params)

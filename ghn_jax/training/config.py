@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optax
+import optax.contrib
 
 from ghn_jax.deepnets1m.sampling import RULES, Rules
 from ghn_jax.deepnets1m.task import Task
@@ -21,6 +22,8 @@ from ghn_jax.engine.compilation import default_program_folder
 from ghn_jax.hypernet import ghn, presets
 
 WARMUP_FROM = 1e-5  # learning rate at the start of a warm-up
+# Size of Muon's updates of matrices, as a part of the learning rate: about that of Adam's.
+_MUON_RMS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +98,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
-    """Adam with a learning rate that falls in steps (§ 5.1), or GHN-3's AdamW with a cosine."""
+    """Adam with a learning rate that falls in steps (§ 5.1), GHN-3's AdamW with a cosine, or Muon."""
 
-    optimiser: Literal["adam", "adamw"] = "adam"
+    optimiser: Literal["adam", "adamw", "muon"] = "adam"  # muon: of matrices; of the rest, AdamW
     learning_rate: float = 1e-3
-    weight_decay: float = 1e-5  # L2, added to the gradient; with adamw, to the update
+    weight_decay: float = 1e-5  # L2, added to the gradient; with adamw and muon, to the update
     clip: float = 5.0  # largest global norm of the gradient
     schedule: Literal["steps", "cosine"] = "steps"  # cosine: from warm-up to 0 at the last update
     warmup_epochs: float = 0.0  # in which the learning rate rises from 1e-5 (cosine)
@@ -119,6 +122,12 @@ class OptimiserConfig:
         clip, rate = optax.clip_by_global_norm(self.clip), self.rate(steps_per_epoch, total)
         if self.optimiser == "adamw":
             return optax.chain(clip, optax.adamw(rate, weight_decay=self.weight_decay))
+        if self.optimiser == "muon":
+            decay = self.weight_decay
+            muon = optax.contrib.muon(
+                rate, consistent_rms=_MUON_RMS, weight_decay=decay, adam_weight_decay=decay
+            )
+            return optax.chain(clip, muon)
         return optax.chain(clip, optax.add_decayed_weights(self.weight_decay), optax.adam(rate))
 
     def rate(self, steps_per_epoch: int, total: int) -> optax.Schedule:
