@@ -1,7 +1,8 @@
 """What a trained hypernetwork reaches, for its model card (paper § 5.1, C.1).
 
-Networks that it never saw, of the rules that it was trained by; and well-known ones, with batch norm
-on the statistics of each batch and on averages over training batches, and with random parameters.
+Networks that it never saw, of the rules that it was trained by; and well-known ones, with batch
+norm on the statistics of each batch and on averages over training batches, and with random
+parameters.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
-    """Adam with a learning rate that falls in steps (§ 5.1), GHN-3's AdamW with a cosine, or Muon."""
+    """Adam, its learning rate falling in steps (§ 5.1), GHN-3's AdamW with a cosine, or Muon."""
 
     optimiser: Literal["adam", "adamw", "muon"] = "adam"  # muon: of matrices; of the rest, AdamW
     learning_rate: float = 1e-3
