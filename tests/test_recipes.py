@@ -1,5 +1,7 @@
 """Presets of training: the paper's recipe, and that of GHN-3."""
 
+from contextlib import closing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +9,15 @@ import optax
 import pytest
 
 from ghn_jax.cli import train
-from ghn_jax.deepnets1m.sampling import RULES
+from ghn_jax.deepnets1m.sampling import RULES, sample_architecture
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.hypernet import presets
 from ghn_jax.hypernet.ghn import count_parameters
+from ghn_jax.hypernet.tiling import weight_scale
 from ghn_jax.training import loop
 from ghn_jax.training.config import preset
 from ghn_jax.training.run_folder import check_same
+from ghn_jax.training.update import MetaStep
 
 
 def test_options_change_the_preset():
@@ -86,6 +90,36 @@ def test_muon_moves_matrices_in_all_directions_alike():
     assert np.vdot(step["matrix"], gradient["matrix"]) < 0
     # As large as a fifth of Adam's step, which moves every number by the learning rate.
     np.testing.assert_allclose(np.std(step["matrix"]), 0.2 * 1e-2, rtol=0.2)
+
+
+def test_kernels_begin_near_the_identity_where_that_is_asked_for():
+    """On the diagonals of tiles, which wider kernels repeat, and nowhere else."""
+    config = preset("demo")
+    ghn = config.ghn(Task(10, 16))
+    graph = ghn.graph(sample_architecture("train", 0, 1, rules=config.space.rules(16)),
+                      image_size=16)  # fmt: skip
+    predicted = []
+    for amount in (0.0, 0.5):
+        with closing(MetaStep(ghn, optax.identity(), identity=amount)) as step:
+            params = step.init(3).params
+        predicted.append(ghn.tensors({"params": params}, graph))
+    dense, classifier = 0, {index % len(graph) for index in graph.classifier}
+    for node, tensors in predicted[0].items():
+        for leaf, before in tensors.items():
+            change = predicted[1][node][leaf] - before
+            shape = graph.param_shapes[node]
+            if leaf == "kernel" and shape[1] > 1 and node not in classifier:
+                eye = np.tile(np.eye(16), (-(-shape[1] // 16), -(-shape[0] // 16)))
+                expected = 0.5 * weight_scale(shape) * eye[: shape[1], : shape[0]]
+                np.testing.assert_allclose(
+                    change, np.broadcast_to(expected, before.shape), atol=1e-6
+                )
+                dense += 1
+            elif leaf != "kernel":
+                np.testing.assert_array_equal(change, 0)
+    assert dense > 5
+    with pytest.raises(ValueError, match="'lowrank' cannot begin near the identity; allowed: 0"):
+        loop.check(preset("logah-tiny").replace(identity=1.0))
 
 
 def test_weight_decay_of_adamw_is_not_in_the_gradient():

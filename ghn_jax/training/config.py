@@ -72,9 +72,10 @@ class SpaceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The hypernetwork (§ 4, B); the attributes of `hypernet.ghn.GHN`."""
+    """The hypernetwork (§ 4, B): where it begins, and the attributes of `hypernet.ghn.GHN`."""
 
     init: Path | None = None  # hypernetwork to go on from: folder, file or name; with its options
+    identity: float = 0.0  # at the start, on the diagonals of kernels: layers hand channels on
     encoder: str = "gatedgnn"  # or graphormer (GHN-3), or mlp: no messages between nodes
     decoder: str = "conv"  # or lowrank, lowrank_1d (LoGAH), or mlp: that of vanilla GHNs
     features: int = 32  # numbers of a node's state (d)
@@ -254,7 +255,7 @@ class TrainConfig:
         # S of B.1: the largest kernel, or the grid of attention's patches.
         kernel = 16 if task.large else max(7, task.image_size // 3 + 1)
         model = dataclasses.asdict(self.model)
-        del model["init"]
+        del model["init"], model["identity"]
         channels, inputs = model.pop("tile_channels"), model.pop("tile_inputs")
         max_shape = (channels, inputs or channels, kernel, kernel)
         if self.model.encoder == "graphormer":  # as its authors: no row for padding

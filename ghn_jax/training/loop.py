@@ -21,6 +21,7 @@ from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Programs
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.hypernet.ghn import GHN, count_parameters
+from ghn_jax.hypernet.identity_start import check_identity
 from ghn_jax.training.architectures import architecture_source
 from ghn_jax.training.config import TrainConfig
 from ghn_jax.training.log import BAD_UPDATES, Log, Validated
@@ -68,7 +69,8 @@ def check(config: TrainConfig) -> None:
             f"{space.nets} are trained on; leave one out"
         )
     _check_ranges(config)
-    config.ghn(Task())  # of any task: raises for choices that do not go together
+    # Of any task: raises for choices that do not go together.
+    check_identity(config.ghn(Task()), config.model.identity)
     shape = make_mesh().shape
     for axis, size in (parse_mesh(run.mesh) if run.mesh else {}).items():
         if shape[axis] != size:
@@ -120,7 +122,8 @@ def _check_ranges(config: TrainConfig) -> None:
         if not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: numbers above 0")
     at_least_zero = {"weight_decay": o.weight_decay, "norm_penalty": o.norm_penalty,
-                     "warmup_epochs": o.warmup_epochs}  # fmt: skip
+                     "warmup_epochs": o.warmup_epochs,
+                     "identity": config.model.identity}  # fmt: skip
     for name, value in at_least_zero.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 0 or more")
@@ -204,6 +207,7 @@ def new_run(config: TrainConfig, images: Images, programs: Programs | None = Non
         smoothing=config.optimiser.label_smoothing,
         norm_penalty=config.optimiser.norm_penalty,
         average=config.optimiser.average,
+        identity=config.model.identity,
         seed=config.run.seed,
         workers=networks_at_once(config.run.workers, mesh),
         dtype=config.run.dtype,

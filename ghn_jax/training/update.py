@@ -27,6 +27,7 @@ from ghn_jax.deepnets1m.units import Arrays
 from ghn_jax.engine.engine import Engine, Prepared
 from ghn_jax.engine.programs import Program, Programs
 from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.hypernet.identity_start import near_identity
 from ghn_jax.hypernet.sharding import param_shardings
 from ghn_jax.training.decoding import TilePrograms, Tiles
 from ghn_jax.training.mesh import ARCH, DATA, make_mesh
@@ -98,6 +99,7 @@ class MetaStep:
       norm_penalty: weight of the sum of the norms of each network's predicted tensors; it is in the
         gradient, not in the metrics' loss. 0 but for GHN-3 and LoGAH.
       average: decay of a moving average of the parameters, at first their mean; 0 for none.
+      identity: on the diagonals of kernels at the start; see `hypernet/identity_start.py`.
       seed: of the dropout in networks with two fully connected layers.
       workers: networks that run at once; more than one where a CPU is one device.
       dtype: that networks compute in; see `engine.Engine`.
@@ -115,6 +117,7 @@ class MetaStep:
         smoothing: float = 0.0,
         norm_penalty: float = 0.0,
         average: float = 0.0,
+        identity: float = 0.0,
         seed: int = 0,
         workers: int = 1,
         dtype=jnp.float32,
@@ -122,7 +125,7 @@ class MetaStep:
         programs: Programs | None = None,
     ):
         self.ghn, self.optimizer, self.smoothing = ghn, optimizer, smoothing
-        self.average, self._shard = average, shard
+        self.average, self.identity, self._shard = average, identity, shard
         self.mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
         self.replicated = NamedSharding(self.mesh, P())
         here = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
@@ -158,6 +161,7 @@ class MetaStep:
 
     def _make_state(self, seed) -> TrainState:
         params = self.ghn.init_variables(seed)["params"]
+        params = near_identity(self.ghn, params, self.identity)
         average = params if self.average else None
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32), average)
 

@@ -14,6 +14,7 @@ before their training only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from ghn_jax.evaluation.experiments.records import Records, describe, write_besi
 from ghn_jax.evaluation.networks import by_name, module_of
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.hypernet.ghn import GHN, ghn1
+from ghn_jax.hypernet.identity_start import near_identity
 
 BEGIN, TRAINED = "begin", "trained"
 HE, SGD = f"SGD, {BEGIN} (He)", f"SGD, {TRAINED}"
@@ -62,10 +64,18 @@ def quick() -> Config:
                   out=Path("runs/quick/activations"))  # fmt: skip
 
 
-def _seed(folder: Path, default: int) -> int:
-    """The seed that a run started its hypernetwork from."""
+def _begin(folder: Path, ghn: GHN, seed: int) -> dict:
+    """The variables that a run started from, as far as its folder tells.
+
+    Args:
+      folder: of the run.
+      ghn: its hypernetwork.
+      seed: if it does not tell its own.
+    """
     training = Checkpoints(folder).config().get("training", {})
-    return training.get("run", training).get("seed", default)
+    seed = training.get("run", training).get("seed", seed)
+    params = ghn.init_variables(seed)["params"]
+    return {"params": near_identity(ghn, params, training.get("identity", 0.0))}
 
 
 def _hypernetworks(config: Config, images: Images) -> dict[str, tuple[GHN, Callable[[], Any]]]:
@@ -79,8 +89,8 @@ def _hypernetworks(config: Config, images: Images) -> dict[str, tuple[GHN, Calla
     found: dict[str, tuple[GHN, Callable[[], Any]]] = {}
     loaded = load_ghns_for(config.ghn, images)
     for folder, (name, (ghn, variables)) in zip(config.ghn, loaded.items(), strict=True):
-        seed = _seed(folder, config.seed)
-        found[f"{name}, {BEGIN}"] = ghn, lambda ghn=ghn, seed=seed: ghn.init_variables(seed)
+        begin = functools.partial(_begin, folder, ghn, config.seed)
+        found[f"{name}, {BEGIN}"] = ghn, begin
         found[f"{name}, {TRAINED}"] = ghn, lambda variables=variables: variables
     return found
 
