@@ -1,6 +1,6 @@
 """Ways to train a hypernetwork beside each other: what reaches the most on unseen networks.
 
-    python bench/recipes.py                                   # the demonstration's, on digits
+    python bench/recipes.py                                   # of the preset `digits`
     python bench/recipes.py --changes none average --seeds 0 1 2
     python bench/recipes.py --preset ghn2-cifar10-small --narrow --changes none graphormer --seeds 0
 
@@ -26,11 +26,25 @@ from ghn_jax.engine.programs import Programs
 from ghn_jax.evaluation.accuracy import summary
 from ghn_jax.evaluation.experiments.records import Records
 from ghn_jax.evaluation.experiments.trained_ghns import UNSEEN, evaluate, train_ghn, unseen_networks
-from ghn_jax.training.config import TrainConfig, preset
+from ghn_jax.training.config import FAST, TrainConfig, preset
 
 # Name -> options that differ from the preset's.
 CHANGES: dict[str, dict] = {
     "none": {},
+    "identity": {"identity": 2.0},
+    "muon": {"optimiser": "muon", "learning_rate": 2e-3},
+    **{
+        f"muon, identity {amount}": {**FAST, "identity": amount} for amount in (0.5, 1, 2, 4)
+    },
+    **{
+        f"muon, identity, {name}": {**FAST, **more}
+        for name, more in {
+            "1e-3": {"learning_rate": 1e-3}, "4e-3": {"learning_rate": 4e-3},
+            "cosine": {"schedule": "cosine"}, "average": {"average": 0.998},
+            "one architecture": {"meta_batch": 1}, "four architectures": {"meta_batch": 4},
+            "64 images": {"batch_size": 64}, "16 images": {"batch_size": 16},
+        }.items()
+    },
     "average": {"average": 0.998},
     "cosine": {"schedule": "cosine"},
     "warm-up, cosine": {"schedule": "cosine", "warmup_epochs": 2},
@@ -54,11 +68,12 @@ CHANGES: dict[str, dict] = {
             "": {}, ", 3e-3": {"learning_rate": 3e-3}, ", 5e-4": {"learning_rate": 5e-4},
             ", its recipe": {"optimiser": "adamw", "weight_decay": 1e-2, "schedule": "cosine",
                              "warmup_epochs": 2, "norm_penalty": 3e-5},
+            ", muon, identity": FAST,
         }.items()
     },
 }  # fmt: skip
 
-# Options of the demonstration that make an update take less time.
+# Options of `digits` that make an update take less time.
 NARROW = ("widths", "fc_dims", "n_cells", "nodes", "norm", "meta_batch", "batch_size")
 
 
@@ -67,8 +82,8 @@ class Options:
     """What is compared, on what."""
 
     changes: tuple[str, ...] = tuple(CHANGES)
-    preset: str = "demo"  # of ghn-train, which changes are made to
-    narrow: bool = False  # with the demonstration's small networks and batches
+    preset: str = "digits"  # of ghn-train, which changes are made to
+    narrow: bool = False  # with the small networks and batches of `digits`
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
     steps: int = 1500  # updates of each
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -81,7 +96,7 @@ def config_of(options: Options, change: str, seed: int) -> TrainConfig:
     """How a hypernetwork is trained."""
     base = preset(options.preset)
     if options.narrow:
-        base = base.replace(**{name: preset("demo").options()[name] for name in NARROW})
+        base = base.replace(**{name: preset("digits").options()[name] for name in NARROW})
     # The learning rate falls at the same share of the run.
     share = options.steps / (base.data.steps or options.steps)
     scaled = tuple(round(e * share) for e in base.optimiser.decay_epochs)

@@ -61,7 +61,7 @@ def test_what_is_there_is_not_computed_again(folder, monkeypatch):
     monkeypatch.setattr(trained_ghns, "train", fail)
     monkeypatch.setattr(trained_ghns, "evaluate_ghn", fail)
     out, rows = folder / "ablations", ("bm1", "bm1-longer")
-    config = ablations.Config(preset="demo", dataset="digits", steps=2, unseen=2, out=out,
+    config = ablations.Config(preset="digits", dataset="digits", steps=2, unseen=2, out=out,
                               rows=rows)  # fmt: skip
     found = ablations.run(config)
     assert len(found) == 2 + 2 * 4
@@ -71,7 +71,7 @@ def test_what_is_there_is_not_computed_again(folder, monkeypatch):
     (out / "records.jsonl").write_text("".join(kept))
     assert ablations.run(config)[0] == found[0]
     with pytest.raises(ValueError, match="has records with seed 0 .now 1."):
-        ablations.run(ablations.Config(preset="demo", dataset="digits", steps=2, seed=1, out=out))
+        ablations.run(ablations.Config(preset="digits", dataset="digits", steps=2, seed=1, out=out))
 
 
 def test_numbers_of_training_architectures(folder):
@@ -106,7 +106,7 @@ def test_average_ranks():
 def test_unseen_networks_are_none_of_training():
     from ghn_jax.training.config import preset
 
-    config = preset("demo")
+    config = preset("digits")
     pairs = trained_ghns.unseen_networks(config, 3, (), 16)
     assert [split for split, _ in pairs] == ["unseen"] * 3 + ["unseen, no BN"] * 3
     source = loop.architecture_source(config, 16)

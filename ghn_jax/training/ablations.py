@@ -1,6 +1,6 @@
 """The ablations of GHN-2, row by row (paper Tables 5 and 8; §§ 5.1, B.2.3, C.2.1).
 
-`ghn-train --ablation NAME` trains one on CIFAR-10 as the paper did; with `--preset demo`, a small
+`ghn-train --ablation NAME` trains one on CIFAR-10 as the paper did; with `--preset digits`, a small
 one. Rows of Table 8's lower part are trained with one architecture an update; their names begin
 with bm1.
 """

@@ -89,7 +89,7 @@ class Config:
 
 def quick() -> Config:
     """200 updates of each row on digits: minutes on two cores."""
-    return Config(preset="demo", dataset="digits", steps=200, unseen=5,
+    return Config(preset="digits", dataset="digits", steps=200, unseen=5,
                   most_parameters=10**7, out=Path("runs/quick/ablations"))  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from ghn_jax.training.config import TrainConfig, preset
 from ghn_jax.training.loop import check, train
 
 STATISTICS = "splits"
-# Folder of a hypernetwork, which is what tables call it -> what differs from the demonstration's.
+# Folder of a hypernetwork, which is what tables call it -> what differs from the preset `digits`.
 HYPERNETWORKS: dict[str, dict[str, Any]] = {
     "GHN-2": {},
     "GHN-1": {"virtual_edges": 1, "normalise": False, "layer_norm": False},
@@ -172,10 +172,10 @@ EXHIBITS = (
 
 
 def _training(name: str, config: Config) -> TrainConfig:
-    """The demonstration's training, of one of the three hypernetworks."""
+    """Training by the preset `digits`, of one of the three hypernetworks."""
     out = config.out / "hypernetworks" / name
     found = Checkpoints(out).latest() is not None
-    base = preset("demo").replace(out=out, steps=config.steps, resume=found)
+    base = preset("digits").replace(out=out, steps=config.steps, resume=found)
     return base.replace(**HYPERNETWORKS[name])
 
 

@@ -35,7 +35,7 @@ class Config:
     """Which runs are compared, or how they are made."""
 
     runs: tuple[Path, ...] = ()  # folders of `ghn-train`, of several meta-batch sizes
-    preset: str = "ghn2"  # of runs that are made here: ghn2, ghn1, mlp or demo
+    preset: str = "ghn2"  # of runs that are made here: ghn2, ghn1, mlp or digits
     meta_batches: tuple[int, ...] = (1, 8)  # architectures in an update, of these runs
     epochs: int = 300  # of the run with the largest meta-batches
     steps: int | None = None  # its updates, in place of epochs
@@ -47,8 +47,8 @@ class Config:
 
 
 def quick() -> Config:
-    """The demonstration's hypernetwork, 150 updates of 4 and 600 of one: minutes on two cores."""
-    return Config(preset="demo", meta_batches=(1, 4), steps=150, dataset="digits",
+    """A small hypernetwork, 150 updates of 4 and 600 of one: minutes on two cores."""
+    return Config(preset="digits", meta_batches=(1, 4), steps=150, dataset="digits",
                   out=Path("runs/quick/meta_batches"))  # fmt: skip
 
 

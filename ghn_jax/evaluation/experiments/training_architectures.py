@@ -52,7 +52,7 @@ class Config:
 
 def quick() -> Config:
     """Small networks on digits: minutes on two cores."""
-    return Config(counts=(1, 10, 100), preset="demo", dataset="digits", steps=200, unseen=5,
+    return Config(counts=(1, 10, 100), preset="digits", dataset="digits", steps=200, unseen=5,
                   out=Path("runs/quick/training_architectures"))  # fmt: skip
 
 
