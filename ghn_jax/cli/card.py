@@ -5,8 +5,9 @@ r"""Measures a hypernetwork for its model card: the numbers of the card, by one 
 
 Networks that it never saw, of the rules that it was trained by, and well-known ones are predicted
 and tested. Batch norm uses the statistics of each batch of 64 images, as in the paper; for the
-well-known ones also averages over training images, and random (He) parameters. Writes a record for
-each network as it comes, a table and a picture; the same command again measures what is missing.
+well-known ones also averages over training images. Random (He) parameters stand beside these and
+the first twenty of the others. Writes a record for each network as it comes, a table and a picture;
+the same command again measures what is missing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ghn_jax.data.images import load_images
 from ghn_jax.engine.compilation import default_program_folder, keep_programs
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.evaluation.experiments.records import Records, write_beside
-from ghn_jax.evaluation.model_card import measure, table, unseen
+from ghn_jax.evaluation.model_card import Wanted, measure, table, unseen
 from ghn_jax.evaluation.networks import by_name
 from ghn_jax.files.digest import digest_of_arrays
 from ghn_jax.interop.pretrained import about, from_pretrained
@@ -87,15 +88,15 @@ def main(arguments: Sequence[str]) -> None:
         "dataset": dataset, "width": config.width, "batches": config.batches,
     }  # fmt: skip
     records = Records.open(config.out, depends)
-    networks = [(named, True) for named in known]
-    networks += [(named, False) for named in unseen(trained, config.unseen, test.image_size)]
-    missing = [pair for pair in networks if pair[0][0] not in records]
+    networks = [Wanted(name, network, random=True, averaged=True) for name, network in known]
+    networks += unseen(trained, config.unseen, test.image_size)
+    missing = [wanted for wanted in networks if wanted.name not in records]
     with tqdm(total=len(missing), unit="network", dynamic_ncols=True) as bar:
         for record in measure(ghn, variables, missing, training, test, config.batches):
             records.add(record)
             bar.update()
             bar.set_postfix_str(f"{record['name']} {record['top1']:.1%}")
-    found = [records[name] for (name, _), _ in networks]
+    found = [records[wanted.name] for wanted in networks]
     write_beside(config.out / "table.md", table(found))
     print(table(found))
     print(json.dumps({"hypernetwork": config.ghn, "dataset": dataset, "images": len(test)}))
