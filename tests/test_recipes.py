@@ -122,6 +122,14 @@ def test_kernels_begin_near_the_identity_where_that_is_asked_for():
         loop.check(preset("logah-tiny").replace(identity=1.0))
 
 
+def test_tiles_for_larger_images_than_those_that_a_run_begins_with():
+    config = preset("demo")
+    assert config.ghn(Task(10, 16)).max_shape == (16, 16, 7, 7)
+    assert config.replace(tile_size=11).ghn(Task(10, 16)) == config.ghn(Task(10, 32))
+    with pytest.raises(ValueError, match="--tile-size is 0; allowed: 1 or more"):
+        loop.check(config.replace(tile_size=0))
+
+
 def test_weight_decay_of_adamw_is_not_in_the_gradient():
     params = jnp.full((), 2.0)
     for name, expected in (("adamw", 4e-3 * 1e-2 * 2), ("muon", 4e-3 * 1e-2 * 2), ("adam", 4e-3)):

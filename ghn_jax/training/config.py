@@ -81,6 +81,7 @@ class ModelConfig:
     features: int = 32  # numbers of a node's state (d)
     tile_channels: int = 64  # channels of the largest kernel that the decoder makes (C of B.1)
     tile_inputs: int | None = None  # its input channels; default: as many
+    tile_size: int | None = None  # its height and width; default: what images of this size need
     virtual_edges: int = 50  # longest virtual edge (s^(max), Eq. 4); 1 for none
     virtual_includes_real: bool = False  # as the authors' code, to exchange weights with it
     normalise: bool = True  # predicted parameters (§ 4.1)
@@ -257,6 +258,7 @@ class TrainConfig:
         model = dataclasses.asdict(self.model)
         del model["init"], model["identity"]
         channels, inputs = model.pop("tile_channels"), model.pop("tile_inputs")
+        kernel = model.pop("tile_size") or kernel
         max_shape = (channels, inputs or channels, kernel, kernel)
         if self.model.encoder == "graphormer":  # as its authors: no row for padding
             model |= {"dummy_op": False, "bfloat16": self.run.dtype == "bfloat16"}

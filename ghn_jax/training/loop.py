@@ -53,6 +53,7 @@ def check(config: TrainConfig) -> None:
         "save_every": run.save_every, "workers": run.workers, "max_nodes": space.max_nodes,
         "graph_nodes": space.graph_nodes, "tile_channels": config.model.tile_channels,
         "steps": data.steps, "tile_inputs": config.model.tile_inputs,
+        "tile_size": config.model.tile_size,
         "features": config.model.features, "layers": config.model.layers,
         "heads": config.model.heads, "rank": config.model.rank,
         "factor_size": config.model.factor_size,
