@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -99,11 +100,18 @@ def test_activations(one, small, tmp_path, monkeypatch, capsys):
             paper.main([*arguments, *more])
 
 
-def test_a_runs_seed_is_its_hypernetworks(tmp_path):
-    (tmp_path / "config.json").write_text('{"ghn": {}, "training": {"run": {"seed": 7}}}')
-    assert activations._seed(tmp_path, 0) == 7
-    (tmp_path / "config.json").write_text('{"ghn": {}}')
-    assert activations._seed(tmp_path, 3) == 3
+@pytest.mark.parametrize("training, seed, identity", [
+    ({"run": {"seed": 7}}, 7, 0), ({"seed": 7, "identity": 2.0}, 7, 2), (None, 3, 0),
+])  # fmt: skip
+def test_where_a_run_began(tmp_path, training, seed, identity):
+    described = {"ghn": {}} | ({} if training is None else {"training": training})
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    ghn = GHN(max_shape=(8, 8, 3, 3), features=8)
+    found = activations._begin(tmp_path, ghn, 3)["params"]
+    expected = ghn.init_variables(seed)["params"]
+    bias = found["decoder"]["conv_1"].pop("bias") - expected["decoder"]["conv_1"].pop("bias")
+    np.testing.assert_allclose(bias.reshape(8, 8), identity * np.eye(8), atol=1e-6)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found, expected))
 
 
 # --- Generalisation -------------------------------------------------------------------------------

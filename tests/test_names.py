@@ -88,6 +88,7 @@ def test_commands_say_what_is_wrong_in_a_line(script, monkeypatch):
         "ghn-convert": ["ghn", "/nowhere", "/x.pt"],
         "ghn-deepnets1m": ["stats", "--num", "0"],
         "ghn-demo": ["--ghn", "/nowhere"],
+        "ghn-card": ["--ghn", "/nowhere"],
     }[script]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as ended:
