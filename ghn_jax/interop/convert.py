@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from ghn_jax.interop.torch_file import read_torch, write_torch
 from ghn_jax.interop.torch_ghn import save_torch_ghn
 from ghn_jax.interop.torch_models import abstract_variables
 from ghn_jax.interop.torch_network import abstract_params, from_torch, to_torch
+from ghn_jax.training.config import PLACES
 from ghn_jax.zoo import MODELS, Model
 
 Framework = Literal["torch", "flax"]
@@ -40,6 +42,12 @@ def _check_there(source: Path) -> None:
         raise FileNotFoundError(f"{source} does not exist; give a .pt, .safetensors or a folder")
 
 
+def _without_places(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a hypernetwork says about itself, to pass on: not where things were on this machine."""
+    training = {k: v for k, v in about.get("training", {}).items() if k not in PLACES}
+    return {**about, "training": training} if training else dict(about)
+
+
 def convert_ghn(source: _Path, target: _Path, to: Framework = "torch", half: bool = False) -> None:
     """Converts a hypernetwork.
 
@@ -55,7 +63,7 @@ def convert_ghn(source: _Path, target: _Path, to: Framework = "torch", half: boo
         raise ValueError("--half is for files of ours: NAME.safetensors --to flax")
     ghn, variables = from_pretrained(source)
     if ours:
-        write_ghn_file(target, ghn, variables, half=half, about=about(source))
+        write_ghn_file(target, ghn, variables, half=half, about=_without_places(about(source)))
     elif target.suffix in _TORCH:
         save_torch_ghn(ghn, variables, target)
     else:

@@ -180,6 +180,7 @@ class RunConfig:
 
 
 _PATHS = ("nets", "init", "out", "cache_dir")  # options that are of type Path
+PLACES = (*_PATHS, "data_dir")  # options that say where something is on this machine
 
 
 def _typed(value: Any, option: str) -> Any:
