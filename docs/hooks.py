@@ -14,6 +14,6 @@ def on_files(files, config):
         name = path.relative_to(root).as_posix()
         files.append(File(name, str(root), config.site_dir, config.use_directory_urls))
     cards = sorted(root.glob("ghn_jax/pretrained/*.md"))
-    text = "\n\n".join(card.read_text() for card in cards)
+    text = "\n\n".join(card.read_text().replace("../../docs/", "") for card in cards)
     files.append(File.generated(config, "results.md", content=text))
     return files
