@@ -492,7 +492,7 @@ def test_a_run_goes_on_with_the_options_that_it_was_started_with(
     changed = given.replace(override=True, learning_rate=0.5)
     with closing(loop.setup(changed, digits).step):
         kept = Checkpoints(run).config()
-    assert kept["changes"] == [{"updates": 4, "options": {"learning_rate": [0.001, 0.5]}}]
+    assert kept["changes"] == [{"updates": 4, "options": {"learning_rate": [2e-3, 0.5]}}]
     assert kept["training"]["learning_rate"] == 0.5
     loop.check(train.parse(["--resume", "--out", str(run)]))
 
