@@ -35,7 +35,7 @@ def batches():
 def logits_by(run, network, params, batches):
     if run is _averaging_engine:
         return run(network, params, iter(batches), Engine())
-    return run(network, params, iter(batches))
+    return run(network, params, iter(batches), 32)
 
 
 @pytest.mark.parametrize("run", [_averaging_engine, _averaging_module])

@@ -1,5 +1,6 @@
 """The hypernetworks that come with the package: what they are, and that their cards are true."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ghn_jax.interop import pretrained
 from ghn_jax.training.config import TrainConfig
 
 NAMES = ghn_jax.available()
+ROOT = Path(__file__).parents[1]
 FOLDER = Path(pretrained.__file__).parents[1] / "pretrained"
 
 
@@ -35,8 +37,12 @@ def test_a_file_is_small_and_says_how_it_was_trained(name):
     assert (FOLDER / f"{name}.safetensors").stat().st_size < 4e6
     config = TrainConfig.read(pretrained.about(name)["training"])
     ghn, variables = ghn_jax.from_pretrained(name)
-    for widths in (config.space.widths[0], config.space.widths[-1]):
-        assert f"{widths}" in card(name)
+    *widths, widest = map(str, config.space.widths)
+    text = re.sub(r"\s+", " ", card(name))
+    assert f"{', '.join(widths)} or {widest} initial channels" in text
+    assert "{} to {} cells".format(*config.space.n_cells) in text
+    pieces = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())["pieces"]
+    assert f"{sum(piece['updates'] for piece in pieces):,} updates" in text
     arch = ghn_jax.sample_architecture("test", 0, 0, rules=config.space.rules(32))
     network, params = ghn_jax.build_network(arch), ghn.predict(variables, arch)
     logits = network.apply({"params": params}, jnp.ones((2, 32, 32, 3)))

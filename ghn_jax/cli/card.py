@@ -13,7 +13,6 @@ the same command again measures what is missing.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,14 +25,15 @@ from ghn_jax.data.images import load_images
 from ghn_jax.engine.compilation import default_program_folder, keep_programs
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.evaluation.experiments.records import Records, write_beside
-from ghn_jax.evaluation.model_card import Wanted, measure, table, unseen
-from ghn_jax.evaluation.networks import by_name
+from ghn_jax.evaluation.model_card import Wanted, measure, table
+from ghn_jax.evaluation.networks import by_name, of_rules
 from ghn_jax.files.digest import digest_of_arrays
 from ghn_jax.interop.pretrained import about, from_pretrained
 from ghn_jax.training.config import TrainConfig
 from ghn_jax.zoo.adapt import SMALLEST
 
 PROG = "ghn-card"
+_BESIDE = 20  # unseen networks that random parameters stand beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,12 @@ def main(arguments: Sequence[str]) -> None:
     }  # fmt: skip
     records = Records.open(config.out, depends)
     networks = [Wanted(name, network, random=True, averaged=True) for name, network in known]
-    networks += unseen(trained, config.unseen, test.image_size)
+    networks += [
+        Wanted(name, network, random=i < _BESIDE, averaged=False)
+        for i, (name, network) in enumerate(
+            of_rules(trained.space.rules(test.image_size), config.unseen)
+        )
+    ]
     missing = [wanted for wanted in networks if wanted.name not in records]
     with tqdm(total=len(missing), unit="network", dynamic_ncols=True) as bar:
         for record in measure(ghn, variables, missing, training, test, config.batches):
@@ -99,7 +104,6 @@ def main(arguments: Sequence[str]) -> None:
     found = [records[wanted.name] for wanted in networks]
     write_beside(config.out / "table.md", table(found))
     print(table(found))
-    print(json.dumps({"hypernetwork": config.ghn, "dataset": dataset, "images": len(test)}))
     try:
         from ghn_jax.plot.charts import accuracy_bars  # matplotlib is of an extra
     except ModuleNotFoundError:

@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from ghn_jax.cli import command
 from ghn_jax.data.images import load_images
-from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.engine.compilation import keep_programs
 from ghn_jax.engine.memory import keep_memory
 from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
-from ghn_jax.evaluation.networks import named_architectures
+from ghn_jax.evaluation.networks import named_architectures, of_rules
 from ghn_jax.files.replace import write_beside
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.plot.charts import accuracy_bars, training_curve
@@ -47,10 +46,8 @@ class DemoConfig:
 
 def networks(config: TrainConfig, image_size: int):
     """The unseen architectures: 20 of the training rules, and the named ones."""
-    rules = dataclasses.replace(config.space.rules(image_size), stream="test")
-    unseen = [sample_architecture("test", 0, i, rules=rules) for i in range(UNSEEN)]
     named = named_architectures(config.space.widths[0], n_cells=config.space.n_cells[1])
-    return [(f"unseen {i}", arch) for i, arch in enumerate(unseen)] + list(named.items())
+    return of_rules(config.space.rules(image_size), UNSEEN) + list(named.items())
 
 
 def table(records: list[dict]) -> str:

@@ -90,6 +90,26 @@ def logits_of(network: nn.Module, engine: Engine, images: int) -> Callable:
     return with_params
 
 
+def accuracy_of(run: Callable, images: Images, batch_size: int = 64) -> Accuracy:
+    """Accuracy of what takes images and gives logits, in batches of one size."""
+    # One batch leaves a part of two cores idle; on accelerators the next is queued in any case.
+    at_once = 2 if jax.default_backend() == "cpu" else 1
+
+    def count(batch):
+        x, labels, counted = batch
+        return count_correct(run(x), labels, counted)
+
+    start = time.perf_counter()
+    batches = full_batches(images, batch_size)
+    counts = [count(next(batches))]  # compiled before threads need it
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        while some := list(itertools.islice(batches, at_once)):
+            counts += pool.map(count, some)
+            jax.block_until_ready(counts[-2 * at_once :][0])  # so that not all are queued at once
+    top1, top5 = (float(share) for share in np.sum(jax.device_get(counts), 0) / len(images))
+    return Accuracy(top1, top5, len(images), time.perf_counter() - start)
+
+
 def evaluate_network(
     network: nn.Module,
     *candidates,
@@ -108,28 +128,10 @@ def evaluate_network(
     """
     engine = engine or Engine()
     with_params = logits_of(network, engine, min(batch_size, len(images)))
-    # One batch leaves a part of two cores idle; on accelerators the next is queued in any case.
-    at_once = 2 if jax.default_backend() == "cpu" else 1
-
-    def count(run, batch):
-        x, labels, counted = batch
-        return count_correct(run(x), labels, counted)
-
-    accuracies = []
-    for params in candidates:
-        start = time.perf_counter()
-        run = with_params(jax.device_put(params))
-        batches = full_batches(images, batch_size)
-        counts = [count(run, next(batches))]  # compiled before threads need it
-        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-            while some := list(itertools.islice(batches, at_once)):
-                counts += pool.map(functools.partial(count, run), some)
-                jax.block_until_ready(
-                    counts[-2 * at_once :][0]
-                )  # so that not all are queued at once
-        top1, top5 = (float(share) for share in np.sum(jax.device_get(counts), 0) / len(images))
-        accuracies.append(Accuracy(top1, top5, len(images), time.perf_counter() - start))
-    return accuracies
+    return [
+        accuracy_of(with_params(jax.device_put(params)), images, batch_size)
+        for params in candidates
+    ]
 
 
 def draw_parameter(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

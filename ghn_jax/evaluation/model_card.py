@@ -7,7 +7,6 @@ parameters.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -19,20 +18,17 @@ import numpy as np
 from ghn_jax.data.images import Images, train_batches
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.network import Network
-from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.engine.engine import Engine, weights_of
 from ghn_jax.engine.plan import make_plan
 from ghn_jax.evaluation.accuracy import (
-    count_correct,
+    accuracy_of,
     evaluate_network,
-    full_batches,
     predict_network,
     random_parameters,
     summary,
 )
 from ghn_jax.evaluation.batch_statistics import average_statistics
 from ghn_jax.hypernet.ghn import GHN
-from ghn_jax.training.config import TrainConfig
 
 BATCH = 64  # images that batch norm takes statistics of, as in the paper
 
@@ -50,18 +46,6 @@ class Wanted(NamedTuple):
     network: Architecture | str
     random: bool
     averaged: bool
-
-
-def unseen(config: TrainConfig, count: int, image_size: int) -> list[Wanted]:
-    """Networks of the rules of a training run, from a random stream that training never draws.
-
-    The first of them are wanted with random parameters, too.
-    """
-    rules = dataclasses.replace(config.space.rules(image_size), stream="test")
-    return [
-        Wanted(f"unseen {i}", sample_architecture("test", 0, i, rules=rules), i < 20, False)
-        for i in range(count)
-    ]
 
 
 def _averaging_engine(
@@ -83,12 +67,12 @@ def _averaging_engine(
 
 
 def _averaging_module(
-    module: nn.Module, params: Mapping, batches: Iterable[np.ndarray]
+    module: nn.Module, params: Mapping, batches: Iterable[np.ndarray], image_size: int
 ) -> Callable[[np.ndarray], jax.Array]:
     """Images -> logits on averaged statistics, by a module that is compiled."""
     variables: Mapping = {"params": params}
-    first, batches = itertools.tee(batches)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), next(first))
+    sample = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), sample)
     if "batch_stats" in shapes:
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes["batch_stats"])
         variables = average_statistics(module, {**variables, "batch_stats": zeros}, batches)
@@ -115,12 +99,8 @@ def averaged_accuracy(
     if isinstance(module, Network):
         logits = _averaging_engine(module, params, seen, engine)
     else:
-        logits = _averaging_module(module, params, seen)
-    counts = [
-        count_correct(logits(images), labels, counted)
-        for images, labels, counted in full_batches(test, BATCH)
-    ]
-    return float(np.sum(jax.device_get(counts), 0)[0] / len(test))
+        logits = _averaging_module(module, params, seen, test.image_size)
+    return accuracy_of(logits, test, BATCH).top1
 
 
 def measure(

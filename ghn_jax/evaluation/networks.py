@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from ghn_jax.deepnets1m.architecture import DARTS, PDARTS, VIT, Architecture
 from ghn_jax.deepnets1m.evaluation_sets import EVALUATION_SIZES, evaluation_set
 from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.deepnets1m.reader import DeepNets1M, read_architectures
-from ghn_jax.deepnets1m.sampling import SPLITS, sample_architecture
+from ghn_jax.deepnets1m.sampling import SPLITS, Rules, sample_architecture
 from ghn_jax.deepnets1m.task import Task
 
 Named = tuple[str, Architecture | str]  # a name; an architecture, or a model of the zoo
@@ -105,6 +106,12 @@ def of_split(
     if width is not None:
         found = [a if isinstance(a, str) else a.replace(C=width) for a in found]
     return [(f"{split}[{i}]", network) for i, network in enumerate(found, start)]
+
+
+def of_rules(rules: Rules, count: int) -> list[Named]:
+    """Networks of the training rules, from a random stream that training never draws from."""
+    rules = dataclasses.replace(rules, stream="test")
+    return [(f"unseen {i}", sample_architecture("test", 0, i, rules=rules)) for i in range(count)]
 
 
 def module_of(network: Architecture | str, task: Task) -> nn.Module:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from ghn_jax.data.images import Images
-from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Programs
 from ghn_jax.evaluation.accuracy import evaluate_ghn, summary
-from ghn_jax.evaluation.networks import Named, of_split
+from ghn_jax.evaluation.networks import Named, of_rules, of_split
 from ghn_jax.evaluation.validation import load_validation
 from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn
 from ghn_jax.hypernet.ghn import count_parameters
@@ -70,12 +69,12 @@ def unseen_networks(
         return [(s, named) for s in splits for named in of_split(s, image_size=image_size)]
     if count < 1:
         raise ValueError(f"--unseen is {count}; allowed: 1 or more")
-    rules = dataclasses.replace(config.space.rules(image_size), stream="test")
+    rules = config.space.rules(image_size)
     kinds = {UNSEEN: rules, UNSEEN_BNFREE: dataclasses.replace(rules, norm="never")}
     return [
-        (kind, (f"{kind} {i}", sample_architecture("test", 0, i, rules=its)))
+        (kind, (f"{kind} {i}", arch))
         for kind, its in kinds.items()
-        for i in range(count)
+        for i, (_, arch) in enumerate(of_rules(its, count))
     ]
 
 
