@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 
 from ghn_jax.cli import card
+from ghn_jax.data.images import load_images
 from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.deepnets1m.sampling import sample_architecture
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation import random_parameters
-from ghn_jax.evaluation.model_card import _averaging_engine, _averaging_module, table
+from ghn_jax.evaluation.model_card import (
+    _averaging_engine,
+    _averaging_module,
+    averaged_accuracy,
+    table,
+)
+from ghn_jax.evaluation.networks import by_name
 from ghn_jax.hypernet import write_ghn_file
 from ghn_jax.training.config import preset
 
@@ -86,6 +93,18 @@ def test_a_card_by_one_command(tmp_path, capsys):
     card.main(options)
     assert (tmp_path / "card" / "records.jsonl").read_text().splitlines() == lines
     assert text in capsys.readouterr().out
+    # The third number is that of averaged statistics.
+    ((_, arch),) = by_name(["DARTS"], 8)
+    training, test = (load_images("digits", part, image_size=32) for part in ("train", "test"))
+    params = ghn.predict(ghn.init_variables(0), arch)
+    again = averaged_accuracy(build_network(arch), params, training, test, 2, Engine())
+    assert records["DARTS"]["top1_averaged"] == pytest.approx(again, abs=0.01)
+    assert records["DARTS"]["top1_averaged"] != records["DARTS"]["top1"]
+    # Records of another hypernetwork are not mixed with these.
+    other = tmp_path / "other.safetensors"
+    write_ghn_file(other, ghn, ghn.init_variables(1), about={"training": trained.describe()})
+    with pytest.raises(ValueError, match="has records with card of"):
+        card.main(["--ghn", str(other), *options[2:]])
 
 
 def test_options_that_cannot_work(tmp_path):

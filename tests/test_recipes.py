@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from ghn_jax.cli import train
+from ghn_jax.data.images import load_images
 from ghn_jax.deepnets1m.sampling import RULES, sample_architecture
 from ghn_jax.deepnets1m.task import Task
 from ghn_jax.hypernet import presets
@@ -92,7 +93,7 @@ def test_muon_moves_matrices_in_all_directions_alike():
     np.testing.assert_allclose(np.std(step["matrix"]), 0.2 * 1e-2, rtol=0.2)
 
 
-def test_kernels_begin_near_the_identity_where_that_is_asked_for():
+def test_kernels_begin_near_the_identity_where_that_is_asked_for(tmp_path):
     """On the diagonals of tiles, which wider kernels repeat, and nowhere else."""
     config = preset("demo")
     ghn = config.ghn(Task(10, 16))
@@ -118,6 +119,12 @@ def test_kernels_begin_near_the_identity_where_that_is_asked_for():
             elif leaf != "kernel":
                 np.testing.assert_array_equal(change, 0)
     assert dense > 5
+    images, biases = load_images("digits", "train"), []
+    for name in ("digits", "demo"):  # the latter begins there
+        run = loop.new_run(preset(name).replace(out=tmp_path), images)
+        with closing(run.step):
+            biases.append(np.array(run.state.params["decoder"]["conv_1"]["bias"]))
+    np.testing.assert_allclose(biases[1] - biases[0], 2 * np.eye(16).ravel(), atol=1e-6)
     with pytest.raises(ValueError, match="'lowrank' cannot begin near the identity; allowed: 0"):
         loop.check(preset("logah-tiny").replace(identity=1.0))
 
