@@ -7,6 +7,7 @@ import pytest
 
 from ghn_jax.cli import paper
 from ghn_jax.deepnets1m.architecture import Architecture, Genotype
+from ghn_jax.evaluation import networks
 from ghn_jax.evaluation.experiments import ablations, trained_ghns, training_architectures
 from ghn_jax.evaluation.experiments.records import read_records
 from ghn_jax.hypernet.checkpoint import load_ghn
@@ -25,7 +26,7 @@ def folder(tmp_path_factory):
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
         patch.setattr(loop, "architecture_source", lambda *_: lambda position: ARCH)
         patch.setattr(
-            trained_ghns, "sample_architecture",
+            networks, "sample_architecture",
             lambda *_, rules: ARCH if rules.norm == "always" else ARCH.replace(norm=None),
         )  # fmt: skip
         options = ["--quick", "--steps", "2", "--unseen", "2", "--out"]
