@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -313,23 +314,48 @@ def test_predicted_networks_and_their_units(tmp_path, digits):
 def test_few_shot(tmp_path, digits):
     ghn = GHN(max_shape=(16, 16, 7, 7))
     save_ghn(tmp_path / "small", ghn, ghn.init_variables(0))
+    sgd = tmp_path / "sgd"
+    paper.main([
+        "trained-networks", "--quick", "--networks", "ViT", "--epochs", "1", "--keep-parameters",
+        "--out", str(sgd),
+    ])  # fmt: skip
     paper.main([
         "few-shot", "--quick", "--ghn", str(tmp_path / "small"), "--out", str(tmp_path / "out"),
         "--networks", "ViT", "--epochs", "2", "--batch-size", "32", "--noise", "3e-5",
-        "--orthogonal-from", "1",
+        "--orthogonal-from", "1", "--trained", str(sgd),
     ])  # fmt: skip
-    config = dataclasses.replace(few_shot.quick(), out=tmp_path / "bad")
+    config = dataclasses.replace(few_shot.quick(), networks=("ViT",), out=tmp_path / "bad")
     records = read_records(tmp_path / "out")
-    assert set(records) == {f"ViT from {where}, {what}" for where in ("he", "small")
+    assert set(records) == {f"ViT from {where}, {what}" for where in ("he", "small", "sgd")
                             for what in ("tuned", "seed 0", "seed 1")}  # fmt: skip
     assert len(records["ViT from he, tuned"]["held_out_top1"]) == 2
     text = (tmp_path / "out" / "table.md").read_text()
-    assert text.count("±") == 2
+    assert text.count("±") == 3
     for wrong, message in (({"shots": 1000}, "1000 shots are asked for"),
                            ({"held_out": 20}, "--held-out is 20"), ({"seeds": 0}, "--seeds is 0"),
-                           ({"learning_rates": ()}, "at least one learning rate")):  # fmt: skip
+                           ({"learning_rates": ()}, "at least one learning rate"),
+                           ({"networks": ("DARTS",), "trained": (sgd,)}, "--networks DARTS --keep"),
+                           ({"width": 16, "trained": (sgd,)}, "with the same --width"),
+                           ({"trained": (sgd, sgd)}, "two beginnings")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             few_shot.run(dataclasses.replace(config, **wrong))
+        assert not (tmp_path / "bad" / "records.jsonl").exists()
+
+
+def test_few_shot_from_trained_parameters(tmp_path):
+    """Of other classes: the classifier begins at random, all else as it was trained."""
+    (_, network), *_ = by_name(["ViT"], 8)
+    old, new = (random_parameters(module_of(network, Task(num_classes=n, image_size=16)), 16, seed)
+                for n, seed in ((7, 0), (10, 1)))  # fmt: skip
+    begun = few_shot._with_classifier(old, new, 10, "the file")
+    shapes = jax.tree.map(np.shape, new)
+    assert jax.tree.map(np.shape, begun) == shapes
+    kept = jax.tree.map(lambda a, b: a.shape == b.shape and bool((a == b).all()), begun, old)
+    last = "classifier_0"
+    assert {name for name, same in kept.items() if not all(jax.tree.leaves(same))} == {last}
+    assert (begun[last]["kernel"] == new[last]["kernel"]).all()
+    with pytest.raises(ValueError, match="the file has other parameters"):
+        few_shot._with_classifier({"stem0": old["stem0"]}, new, 10, "the file")
 
 
 # --- Search ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.evaluation.accuracy import random_parameters
 from ghn_jax.evaluation.experiments import predicted_parameters as experiment
 from ghn_jax.evaluation.experiments import trained_networks
+from ghn_jax.evaluation.experiments.kept_parameters import read_parameters
 from ghn_jax.evaluation.experiments.records import read_records
 from ghn_jax.evaluation.networks import of_file
 from ghn_jax.evaluation.recipe import Recipe
@@ -78,7 +79,7 @@ def test_by_the_command_with_trained_parameters(tmp_path, monkeypatch, capsys):
     assert records["one"]["diversity"] < records["He and SGD"]["diversity"]
     (_, arch), *_ = of_file(file)
     params, other = (
-        experiment.read_parameters(tmp_path / "sgd" / "parameters" / f"{n}.safetensors")
+        read_parameters(tmp_path / "sgd" / "parameters" / f"{n}.safetensors")
         for n, _ in of_file(file)
     )
     # Networks do not start from equal numbers because their parameters have equal names.

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from ghn_jax.data.images import Images, eval_batches, load_images
 from ghn_jax.evaluation.accuracy import predict_network, random_parameters
 from ghn_jax.evaluation.activations import LayerStatistics, recorder
+from ghn_jax.evaluation.experiments.kept_parameters import existing_file, read_parameters
 from ghn_jax.evaluation.experiments.predicted_networks import load_ghns_for
-from ghn_jax.evaluation.experiments.predicted_parameters import read_parameters
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.networks import by_name, module_of
 from ghn_jax.hypernet.checkpoint import Checkpoints
@@ -106,10 +106,7 @@ def run(config: Config) -> list[dict]:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; allowed: 1 "
                              "or more")  # fmt: skip
     ((_, network),) = by_name([config.network])
-    file = config.trained and config.trained / "parameters" / f"{config.network}.safetensors"
-    if file and not file.exists():
-        raise ValueError(f"there is no {file}; make it with ghn-paper trained-networks "
-                         f"--networks {config.network} --keep-parameters")  # fmt: skip
+    file = config.trained and existing_file(config.trained, config.network)
     images = load_images(
         config.dataset, "test", data_dir=config.data_dir, image_size=config.image_size
     )

@@ -1,17 +1,21 @@
 r"""Fine-tuning on 100 images of each class, from predicted parameters (paper § 5.3, Table 6, left).
 
-    ghn-paper few-shot --ghn runs/ghn2-imagenet --dataset cifar10 --data-dir DIR --out runs/few_shot
+    ghn-paper few-shot --ghn runs/ghn2-imagenet --trained runs/sgd-imagenet --dataset cifar10 \
+        --data-dir DIR --out runs/few_shot
     ghn-paper few-shot --quick
 
-Each network starts from random (He) parameters, and from those that a hypernetwork predicts. The
-learning rate and the weight decay are chosen for each of them on shots that are held out; then it
-is trained on all shots with several seeds, and tested on all test images.
+Each network starts from random (He) parameters, from those that a hypernetwork predicts, and with
+`--trained` from those that `ghn-paper trained-networks --keep-parameters` trained on other images.
+The learning rate and the weight decay are chosen for each start on shots that are held out; then
+the network is trained on all shots with several seeds, and tested on all test images.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -23,6 +27,7 @@ from ghn_jax.data.images import Images, load_images, steps_per_epoch
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import random_parameters
+from ghn_jax.evaluation.experiments.kept_parameters import existing_file, read_parameters
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.experiments.trained_networks import train_network, training_of
 from ghn_jax.evaluation.networks import by_name, module_of
@@ -44,6 +49,7 @@ class Config:
     networks: tuple[str, ...] = ("resnet50", "ViT", "DARTS")  # DARTS, PDARTS, ViT, the zoo's
     width: int | None = None  # initial channels of those of the design space; default: 32
     ghn: tuple[Path, ...] = ()  # folders, files or names; default: only random parameters
+    trained: tuple[Path, ...] = ()  # folders of `trained-networks --keep-parameters`
     shots: int = 100  # training images of each class
     held_out: int = 20  # of them, to choose the learning rate and the weight decay with
     learning_rates: tuple[float, ...] = (0.01, 0.025, 0.1)  # to choose from
@@ -84,6 +90,33 @@ def take_shots(images: Images, first: int, last: int) -> Images:
     return dataclasses.replace(images, pixels=images.pixels[chosen], labels=images.labels[chosen])
 
 
+def _with_classifier(trained: Mapping, fresh: Mapping, classes: int, origin: str) -> Mapping:
+    """Trained parameters; but the classifier's of `fresh`, if it was one of other classes.
+
+    Args:
+      trained, fresh: `params` trees.
+      classes: how many `fresh` tells apart.
+      origin: of `trained`, for the error.
+
+    Raises:
+      ValueError: the trees are not of the same network.
+    """
+    if jax.tree.structure(fresh) != jax.tree.structure(trained):
+        raise ValueError(f"{origin} has other parameters than the network; train the same network")
+
+    def chosen(keys, new, old):
+        if new.shape == old.shape:
+            return old
+        if new.shape[:-1] == old.shape[:-1] and new.shape[-1] == classes:
+            return new
+        raise ValueError(
+            f"{origin}: {'.'.join(key.key for key in keys)} has the shape {old.shape}, but "
+            f"{new.shape} is needed; train the same network, with the same --width and --image-size"
+        )
+
+    return jax.tree.map_with_path(chosen, fresh, trained)
+
+
 def check(config: Config, images: Images) -> None:
     """Raises ValueError for options that cannot work, before any long work."""
     config.recipe.check()
@@ -109,22 +142,28 @@ def run(config: Config) -> list[dict]:
     shots = load_images(config.dataset, "train", **source)
     check(config, shots)
     networks = by_name(config.networks, config.width)
-    without = ("data_dir", "networks", "ghn", "seeds", "out")
-    records = Records.open(config.out, describe("few_shot", config, without=without))
     test = load_images(config.dataset, "test", **source)
     kept = take_shots(shots, 0, config.shots - config.held_out)
     held = take_shots(shots, config.shots - config.held_out, config.shots)
     every = take_shots(shots, 0, config.shots)
     engine = Engine()
-    starts = {HE: None} | (load_ghns(config.ghn) if config.ghn else {})
+    ghns = load_ghns(config.ghn) if config.ghn else {}
+    trained = {folder.name: folder for folder in config.trained}
+    starts = [HE, *ghns, *trained]
+    if len(set(starts)) < 1 + len(ghns) + len(config.trained):
+        raise ValueError(f"{', '.join(starts)}: two beginnings have the same name; rename a folder")
 
-    def start(name: str, network: Architecture | str, seed: int):
-        if name == HE:
-            return random_parameters(module_of(network, test.task), test.image_size, seed)
+    def start(origin: str, name: str, network: Architecture | str, seed: int) -> Mapping:
+        module = module_of(network, test.task)
+        if origin not in ghns:
+            fresh = random_parameters(module, test.image_size, seed)
+            if origin == HE:
+                return fresh
+            file = existing_file(trained[origin], name)
+            return _with_classifier(read_parameters(file), fresh, test.num_classes, str(file))
         # A hypernetwork for another number of classes leaves the classifier as it is initialised.
         sample = jax.ShapeDtypeStruct((1, test.image_size, test.image_size, 3), jnp.float32)
-        module = module_of(network, test.task)
-        variables, report = predict_model(*starts[name], module, sample, seed=seed)
+        variables, report = predict_model(*ghns[origin], module, sample, seed=seed)
         if config.noise:
             variables = add_noise(variables, report, beta=config.noise, seed=seed)
         if config.orthogonal_from is not None:
@@ -140,21 +179,25 @@ def run(config: Config) -> list[dict]:
         )  # fmt: skip
         return record["final_test_top1"]
 
+    for origin, (name, network) in itertools.product(trained, networks):
+        start(origin, name, network, 0)  # what is missing or does not fit is said now
+    without = ("data_dir", "networks", "ghn", "trained", "seeds", "out")
+    records = Records.open(config.out, describe("few_shot", config, without=without))
     grid = list(itertools.product(config.learning_rates, config.weight_decays))
-    todo = [(f"{name} from {where}", network, where) for name, network in networks
-            for where in starts]  # fmt: skip
+    todo = [(f"{name} from {origin}", functools.partial(start, origin, name, network), network)
+            for name, network in networks for origin in starts]  # fmt: skip
     runs = sum(
-        (f"{name}, tuned" not in records) * len(grid)
-        + sum(f"{name}, seed {seed}" not in records for seed in range(config.seeds))
-        for name, *_ in todo
+        (f"{title}, tuned" not in records) * len(grid)
+        + sum(f"{title}, seed {seed}" not in records for seed in range(config.seeds))
+        for title, *_ in todo
     )
     total = runs * config.recipe.epochs
     with tqdm(total=total, unit="epoch", desc="fine-tuning", dynamic_ncols=True) as bar:
-        for name, network, where in todo:
-            bar.set_postfix_str(name)
-            tuned = f"{name}, tuned"
+        for title, begin, network in todo:
+            bar.set_postfix_str(title)
+            tuned = f"{title}, tuned"
             if tuned not in records:
-                tops, params = [], start(where, network, 0)
+                tops, params = [], begin(0)
                 for rate, decay in grid:
                     recipe = dataclasses.replace(
                         config.recipe, learning_rate=rate, weight_decay=decay
@@ -169,25 +212,25 @@ def run(config: Config) -> list[dict]:
                 weight_decay=records[tuned]["weight_decay"],
             )
             for seed in range(config.seeds):
-                key = f"{name}, seed {seed}"
+                key = f"{title}, seed {seed}"
                 if key not in records:
-                    top1 = train(network, start(where, network, seed), recipe, every, test, seed)
+                    top1 = train(network, begin(seed), recipe, every, test, seed)
                     records.add({"name": key, "test_top1": top1})
-    text = table(records, config)
+    text = table(records, starts, config)
     write_beside(config.out / "table.md", text)
     print(text)
     return list(records.values())
 
 
-def table(records, config: Config) -> str:
+def table(records: Records, starts: Sequence[str], config: Config) -> str:
     """Test accuracy, mean and standard deviation over seeds, as in Table 6: Markdown."""
     names = config.networks
     lines = ["| from | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for where in (HE, *(path.name for path in config.ghn)):
+    for origin in starts:
         cells = []
         for name in names:
-            keys = [f"{name} from {where}, seed {seed}" for seed in range(config.seeds)]
-            tops = [records[key]["test_top1"] for key in keys if key in records]
-            cells.append(f"{np.mean(tops):.1%} ± {np.std(tops):.1%}" if tops else "-")
-        lines.append(f"| {where} | " + " | ".join(cells) + " |")
+            keys = [f"{name} from {origin}, seed {seed}" for seed in range(config.seeds)]
+            tops = [records[key]["test_top1"] for key in keys]
+            cells.append(f"{np.mean(tops):.1%} ± {np.std(tops):.1%}")
+        lines.append(f"| {origin} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

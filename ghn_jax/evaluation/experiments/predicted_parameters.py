@@ -25,9 +25,9 @@ from ghn_jax.deepnets1m.graph import Graph, build_graph
 from ghn_jax.deepnets1m.names import parameter_path
 from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.evaluation.accuracy import random_parameters
+from ghn_jax.evaluation.experiments.kept_parameters import parameters_file, read_parameters
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.networks import Named, of_split
-from ghn_jax.files.tensors import read_tensors
 from ghn_jax.hypernet.checkpoint import load_ghns
 
 SHAPE = (128, 1, 3, 3)  # in PyTorch's order, of depthwise and dilated depthwise convolutions
@@ -120,18 +120,6 @@ def look_at(graph: Graph, params: Mapping, shape: Sequence[int]) -> tuple[list[n
     return found, sparsity(first)
 
 
-def read_parameters(path: Path) -> dict:
-    """A `params` tree that `trained-networks --keep-parameters` wrote."""
-    params: dict = {}
-    for name, array in read_tensors(path)[0].items():
-        *parts, leaf = name.split(".")
-        tree = params
-        for part in parts:
-            tree = tree.setdefault(part, {})
-        tree[leaf] = array
-    return params
-
-
 # (name, architecture, seed) -> the `params` tree of a network, or None where there is none.
 Parameters = Callable[[str, Architecture, int], Mapping | None]
 
@@ -150,14 +138,14 @@ def _methods(config: Config) -> dict[str, Parameters]:
     methods = {method: predicted(*loaded) for method, loaded in load_ghns(config.ghn).items()}
     methods[HE] = random
     if config.trained is not None:
-        folder = config.trained / "parameters"
-        if not folder.is_dir():
-            raise ValueError(f"{config.trained} has no parameters; make them with ghn-paper "
+        where = config.trained
+        if not parameters_file(where, "").parent.is_dir():
+            raise ValueError(f"{where} has no parameters; make them with ghn-paper "
                              "trained-networks --keep-parameters")  # fmt: skip
 
         def trained(name: str, arch: Architecture, seed: int) -> Mapping | None:
-            path = folder / f"{name}.safetensors"
-            return read_parameters(path) if path.exists() else None
+            file = parameters_file(where, name)
+            return read_parameters(file) if file.exists() else None
 
         methods[SGD] = trained
     return methods

@@ -36,13 +36,13 @@ from ghn_jax.evaluation.accuracy import (
     summary,
 )
 from ghn_jax.evaluation.experiments.cluster import ClusterConfig, run_units
+from ghn_jax.evaluation.experiments.kept_parameters import parameters_file, write_parameters
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.experiments.saved_state import SavedState
 from ghn_jax.evaluation.module_training import ModuleTraining
 from ghn_jax.evaluation.network_training import NetworkTraining
 from ghn_jax.evaluation.networks import Named, by_name, module_of, of_file, of_split
 from ghn_jax.evaluation.recipe import Recipe
-from ghn_jax.files.tensors import write_tensors
 from ghn_jax.hypernet.ghn import GHN
 
 NEVER = 2.0  # convergence of a network that did not, as in the authors' results
@@ -288,7 +288,7 @@ def run(config: Config) -> list[dict]:
 
         def keep(params: Mapping) -> None:
             if config.keep_parameters:
-                _write_parameters(config.out / "parameters" / f"{name}.safetensors", params)
+                write_parameters(parameters_file(config.out, name), params)
 
         saved = SavedState(config.out / "states" / name)
         record = train_network(
@@ -310,12 +310,6 @@ def run(config: Config) -> list[dict]:
         finally:  # after an error no other network is begun
             pool.shutdown(cancel_futures=True)
     return _finish(config, todo, records)
-
-
-def _write_parameters(path: Path, params: Mapping) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    leaves, _ = jax.tree.flatten_with_path(params)
-    write_tensors(path, {".".join(key.key for key in keys): leaf for keys, leaf in leaves})
 
 
 def _finish(config: Config, todo: list[Named], records: Records) -> list[dict]:
