@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from definition import unit_by_unit
 
+from ghn_jax import zoo
 from ghn_jax.cli import evaluate
 from ghn_jax.data.images import Images, eval_batches, load_images
 from ghn_jax.deepnets1m.architecture import DARTS, VIT, Architecture
@@ -136,6 +137,26 @@ def test_random_parameters_are_distributed_as_the_modules_own():
                 assert np.mean(a) == pytest.approx(float(np.mean(b)), abs=0.3 * float(np.std(b))), (
                     name
                 )
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "vit_s_16"])
+def test_random_parameters_of_a_model_of_the_zoo(name):
+    """Kernels are He's; layer scales, tokens and attention begin as the model's own."""
+    network = zoo.MODELS[name](10, 32)
+    ours, again, other = (random_parameters(network, 32, seed) for seed in (0, 0, 1))
+    images = jnp.zeros((2, 32, 32, 3))
+    own = jax.jit(network.init)(jax.random.key(0), images)["params"]
+    for (path, a), b, c, d in zip(
+        jax.tree.leaves_with_path(ours), *map(jax.tree.leaves, (own, again, other)), strict=True
+    ):
+        assert (np.asarray(a) == np.asarray(c)).all() and a.shape == b.shape
+        if path[-1].key == "kernel" and a.ndim in (2, 4):
+            assert np.std(a) == pytest.approx(np.sqrt(2 / np.prod(a.shape[:-1])), rel=0.1)
+            assert (a != d).any()
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+    if name == "convnext_tiny":
+        assert ours["features_1_0"]["layer_scale"][0] == np.float32(1e-6)
 
 
 def test_a_record_for_each_architecture(digits, engine):

@@ -535,6 +535,15 @@ def test_nnx_modules():
     assert all(array.flags.writeable and array.flags.c_contiguous for array in arrays.values())
     with pytest.raises(TypeError, match="the module is a ConvTranspose, whose kernel has no form"):
         to_torch(nnx.ConvTranspose(3, 4, (2, 2), rngs=nnx.Rngs(0)))
+    for options, message in (
+        ({"normalize_qk": True}, "normalises queries and keys"),
+        ({"qkv_features": 12}, "in_features 6, in_kv_features 6, qkv_features 12"),
+        ({"in_kv_features": 4}, "in_kv_features 4"),
+        ({"out_features": 8}, "out_features 8"),
+    ):
+        layer = nnx.MultiHeadAttention(2, 6, rngs=nnx.Rngs(0), **options)
+        with pytest.raises(TypeError, match=f"the module is a MultiHeadAttention.*{message}"):
+            to_torch(layer)
 
 
 def test_layers_of_a_sequential_have_their_numbers_as_names():

@@ -27,6 +27,7 @@ from ghn_jax.engine.engine import Engine, tree_of, weights_of
 from ghn_jax.engine.plan import make_plan
 from ghn_jax.evaluation.batch_statistics import apply_on_batch
 from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.tracing.initial_values import read_init
 from ghn_jax.tracing.prediction import predict_model
 
 
@@ -148,30 +149,41 @@ def draw_parameter(name: str, shape: tuple[int, ...], rng: np.random.Generator) 
     return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
 
 
-def _shapes(network: nn.Module, image_size: int) -> dict:
-    """The `params` tree of a network as shapes; one of the design space is not traced for them."""
-    if isinstance(network, Network):
-        plan = make_plan(network.wiring())
-        shapes: dict[str, Any] = {
-            name: tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in parameter.leaves.values())
-            for step in plan.steps
-            for name, parameter in zip(step.names, step.unit.parameters, strict=True)
-        }
-        return tree_of(plan, shapes)
-    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
-    return jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+def _shapes(network: Network) -> dict:
+    """The `params` tree of a network as shapes, without tracing it."""
+    plan = make_plan(network.wiring())
+    shapes: dict[str, Any] = {
+        name: tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in parameter.leaves.values())
+        for step in plan.steps
+        for name, parameter in zip(step.names, step.unit.parameters, strict=True)
+    }
+    return tree_of(plan, shapes)
 
 
 def random_parameters(network: nn.Module, image_size: int, seed: int):
     """He-initialised parameters of a network, a pure function of the seed.
 
-    Drawn here and not by `network.init`, which would be compiled for every network.
+    Drawn here and not by `network.init`, which would be compiled for every network. Of a network
+    outside the design space, the kernels of convolutions and dense layers are drawn so; all else,
+    such as layer scales and class tokens, has the initial values that the network gives it.
     """
-    shapes = _shapes(network, image_size)
     rng = np.random.default_rng(seed)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: draw_parameter(path[-1].key, leaf.shape, rng), shapes
+    if isinstance(network, Network):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: draw_parameter(path[-1].key, leaf.shape, rng), _shapes(network)
+        )
+    images = jnp.zeros((2, image_size, image_size, 3))
+    shapes, compute, _ = read_init(
+        lambda key: network.init(key, images)["params"], jax.random.key(seed)
     )
+    leaves, structure = jax.tree.flatten_with_path(shapes)
+    kernels = [path[-1].key == "kernel" and leaf.ndim in (2, 4) for path, leaf in leaves]
+    others = iter(compute([i for i, is_kernel in enumerate(kernels) if not is_kernel]))
+    values = [
+        draw_parameter("kernel", leaf.shape, rng) if is_kernel else next(others)
+        for is_kernel, (_, leaf) in zip(kernels, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, values)
 
 
 def predict_network(

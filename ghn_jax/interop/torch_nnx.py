@@ -25,7 +25,7 @@ def module_to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
 
     Raises:
       TypeError: a layer that PyTorch computes otherwise (a transposed convolution, a linear layer
-        of several axes).
+        of several axes, attention that normalises queries and keys, or whose sizes differ).
       ValueError: layers are stacked in one, as by `nnx.vmap`; PyTorch has a module for each.
     """
     arrays: dict[str, np.ndarray] = {}
@@ -37,7 +37,7 @@ def module_to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
         _check_is_one(part, where)
         if isinstance(part, nnx.MultiHeadAttention):
             inside |= {id(below) for _, below in nnx.iter_modules(part)}
-            tensors = _attention(part)
+            tensors = _attention(part, where)
         else:
             tensors = _layer(part, where)
         for name, array in tensors:
@@ -108,8 +108,21 @@ def _layer(layer: nnx.Module, where: str) -> Iterator[tuple[str, np.ndarray]]:
             yield "weight" if isinstance(layer, nnx.Embed) else name, value
 
 
-def _attention(layer: nnx.MultiHeadAttention) -> Iterator[tuple[str, np.ndarray]]:
+def _attention(layer: nnx.MultiHeadAttention, where: str) -> Iterator[tuple[str, np.ndarray]]:
+    if layer.normalize_qk:
+        raise TypeError(
+            f"{where} is a MultiHeadAttention that normalises queries and keys, which PyTorch's "
+            "has not; use normalize_qk=False, or convert its layers one by one"
+        )
     parts = (layer.query, layer.key, layer.value)
+    sizes = {"in": layer.in_features, "in_kv": layer.in_kv_features, "qkv": layer.qkv_features,
+             "out": layer.out_features}  # fmt: skip
+    if len(set(sizes.values())) > 1:
+        given = ", ".join(f"{name}_features {size}" for name, size in sizes.items())
+        raise TypeError(
+            f"{where} is a MultiHeadAttention with {given}; PyTorch's has one number for all of "
+            "them, so make them equal, or convert its layers one by one"
+        )
     kernels = [np.asarray(part.kernel[...]) for part in parts]  # (in, heads, features)
     yield "in_proj_weight", np.concatenate([k.reshape(len(k), -1).T for k in kernels])
     out = np.asarray(layer.out.kernel[...])  # (heads, features, out)
