@@ -354,6 +354,9 @@ def test_few_shot_from_trained_parameters(tmp_path):
     last = "classifier_0"
     assert {name for name, same in kept.items() if not all(jax.tree.leaves(same))} == {last}
     assert (begun[last]["kernel"] == new[last]["kernel"]).all()
+    wider = jax.tree.map(lambda x: np.repeat(x, 2, -1), old["stem0"])
+    with pytest.raises(ValueError, match="the file: stem0.* has the shape .* is needed; train the"):
+        few_shot._with_classifier({**old, "stem0": wider}, new, 10, "the file")
     with pytest.raises(ValueError, match="the file has other parameters"):
         few_shot._with_classifier({"stem0": old["stem0"]}, new, 10, "the file")
 
