@@ -513,3 +513,24 @@ def test_decoders_and_counts(golden, name):
     assert errors["parameters"] < 1e-5
     file["param/05"] = file["param/05"] * 1.001
     assert parity_ghn3.check_decoder(file, ghn, variables)["parameters"] > 5e-4
+
+
+def test_gradient_of_a_training_step(golden, shared):
+    """LoGAH's: its code knows one of its layers by two names, and a gradient by one of them."""
+    entries = json.loads((golden / "index.json").read_text())
+    arch = Architecture.from_dict(next(e["net"] for e in entries if e["file"] == "arch10_ghn3.npz"))
+    images = jnp.asarray(np.load(shared / "golden" / "images.npy").transpose(0, 2, 3, 1))
+    ghn, variables = load_torch_ghn(golden / "random_logah.safetensors")
+    file = dict(np.load(golden / "gradient_arch10_logah.npz"))
+    labels = jnp.asarray(file["labels"], jnp.int32)
+    found = parity_ghn3._engine_gradient(ghn, variables, arch, images, labels)
+
+    def errors(file):
+        return parity_ghn3.check_step(file, arch, ghn, variables, images, lambda *_: found)
+
+    assert parity.Report("step", errors(file)).passed and errors(file)["gradient"] < 1e-4
+    for name in ("grad/decoder.l2.weight", "grad/gnn.0.attn.to_qkv.weight"):
+        spoiled = {**file, name: file[name] * 1.1}
+        assert not parity.Report("step", errors(spoiled)).passed, name
+    other = {k.replace("decoder.l2", "decoder.seq.1"): x for k, x in file.items()}
+    assert parity.Report("step", errors(other)).passed
