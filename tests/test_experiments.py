@@ -342,14 +342,13 @@ def test_few_shot(tmp_path, digits):
         assert not (tmp_path / "bad" / "records.jsonl").exists()
 
 
-def test_few_shot_from_trained_parameters(tmp_path):
+def test_few_shot_from_trained_parameters():
     """Of other classes: the classifier begins at random, all else as it was trained."""
     (_, network), *_ = by_name(["ViT"], 8)
     old, new = (random_parameters(module_of(network, Task(num_classes=n, image_size=16)), 16, seed)
                 for n, seed in ((7, 0), (10, 1)))  # fmt: skip
     begun = few_shot._with_classifier(old, new, 10, "the file")
-    shapes = jax.tree.map(np.shape, new)
-    assert jax.tree.map(np.shape, begun) == shapes
+    assert jax.tree.map(np.shape, begun) == jax.tree.map(np.shape, new)
     kept = jax.tree.map(lambda a, b: a.shape == b.shape and bool((a == b).all()), begun, old)
     last = "classifier_0"
     assert {name for name, same in kept.items() if not all(jax.tree.leaves(same))} == {last}

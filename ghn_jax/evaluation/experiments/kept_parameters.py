@@ -13,21 +13,26 @@ import jax
 from ghn_jax.files.tensors import read_tensors, write_tensors
 
 
-def parameters_file(folder: Path, network: str) -> Path:
-    """Where a folder of `trained-networks` keeps the parameters of a network."""
-    return folder / "parameters" / f"{network}.safetensors"
+def parameters_folder(out: Path) -> Path:
+    """Where `trained-networks` keeps parameters, in the folder that it writes."""
+    return out / "parameters"
 
 
-def existing_file(folder: Path, network: str) -> Path:
-    """`parameters_file`.
+def parameters_file(out: Path, network: str) -> Path:
+    """The file of one network there."""
+    return parameters_folder(out) / f"{network}.safetensors"
+
+
+def existing_file(out: Path, network: str) -> Path:
+    """The same, of a network that was trained.
 
     Raises:
       ValueError: there is none.
     """
-    file = parameters_file(folder, network)
+    file = parameters_file(out, network)
     if not file.exists():
         raise ValueError(f"there is no {file}; make it with ghn-paper trained-networks "
-                         f"--networks {network} --keep-parameters --out {folder}")  # fmt: skip
+                         f"--networks {network} --keep-parameters --out {out}")  # fmt: skip
     return file
 
 

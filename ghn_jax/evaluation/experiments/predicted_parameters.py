@@ -25,7 +25,11 @@ from ghn_jax.deepnets1m.graph import Graph, build_graph
 from ghn_jax.deepnets1m.names import parameter_path
 from ghn_jax.deepnets1m.network import build_network
 from ghn_jax.evaluation.accuracy import random_parameters
-from ghn_jax.evaluation.experiments.kept_parameters import parameters_file, read_parameters
+from ghn_jax.evaluation.experiments.kept_parameters import (
+    parameters_file,
+    parameters_folder,
+    read_parameters,
+)
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.networks import Named, of_split
 from ghn_jax.hypernet.checkpoint import load_ghns
@@ -139,7 +143,7 @@ def _methods(config: Config) -> dict[str, Parameters]:
     methods[HE] = random
     if config.trained is not None:
         where = config.trained
-        if not parameters_file(where, "").parent.is_dir():
+        if not parameters_folder(where).is_dir():
             raise ValueError(f"{where} has no parameters; make them with ghn-paper "
                              "trained-networks --keep-parameters")  # fmt: skip
 
