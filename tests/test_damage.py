@@ -130,14 +130,17 @@ def read_hdf5(folder):
     return found
 
 
+GHNS = {"x": (GHN_, {"params": ARRAYS})}
+
+
 def write_records(folder):
-    records = Records.open(folder, {"seed": 1, "dataset": "digits"})
+    records = Records.open(folder, {"seed": 1, "dataset": "digits"}, ghns=GHNS)
     for i in range(5):
         records.add({"name": f"net {i}", "top1": i / 7, "loss": [1.5, 0.25]})
 
 
 def read_records_(folder):
-    return dict(Records.open(folder, {"seed": 1, "dataset": "digits"}))
+    return dict(Records.open(folder, {"seed": 1, "dataset": "digits"}, ghns=GHNS))
 
 
 STATE = {"params": jax.tree.map(jnp.asarray, ARRAYS), "step": 7}

@@ -1,7 +1,10 @@
 """Experiments: their quick presets run, go on where they were, and refuse what cannot work."""
 
+import ast
 import dataclasses
+import inspect
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation import nasbench201
 from ghn_jax.evaluation.accuracy import evaluate_ghn, random_parameters
 from ghn_jax.evaluation.experiments import (
+    compared_architectures,
     few_shot,
     predicted_networks,
     regression,
@@ -36,9 +40,10 @@ from ghn_jax.evaluation.experiments.trained_networks import (
 )
 from ghn_jax.evaluation.networks import by_name, module_of, of_file, of_split
 from ghn_jax.evaluation.recipe import Recipe, final
-from ghn_jax.hypernet.checkpoint import load_ghn, save_ghn
+from ghn_jax.hypernet.checkpoint import Checkpoints, load_ghn, save_ghn
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.plot.experiments import pareto_front
+from ghn_jax.training.config import preset
 
 # Few operations, so that little is compiled.
 EDGES = (("conv_1x1", 0), ("skip_connect", 1))
@@ -95,6 +100,45 @@ def test_records_of_other_settings_are_refused(tmp_path):
     Records.open(tmp_path, {"seed": 1, "epochs": 5})
     with pytest.raises(ValueError, match=r"seed 1 \(now 2\)"):
         Records.open(tmp_path, {"seed": 2, "epochs": 5})
+
+
+def test_records_of_a_hypernetwork_that_changed_are_refused(tmp_path):
+    """A name stands for the parameters that it had when its first record was made."""
+    ghn = GHN(max_shape=(16, 16, 7, 7))
+    first, other = ({"x": (ghn, ghn.init_variables(seed))} for seed in (0, 1))
+    Records.open(tmp_path, {}, ghns=first).add({"name": "x: net"})
+    both = {**first, "y": other["x"]}
+    assert list(Records.open(tmp_path, {}, ghns=both)) == ["x: net"]
+    for ghns in (other, {**both, "y": first["x"]}):
+        with pytest.raises(ValueError, match="with other parameters than now.*another folder"):
+            Records.open(tmp_path, {}, ghns=ghns)
+    assert list(Records.open(tmp_path, {}, ghns=both)) == ["x: net"]
+
+
+def test_an_experiment_does_not_mix_two_hypernetworks_of_one_name(tmp_path):
+    run, ghn = tmp_path / "run", preset("demo").ghn(Task())
+    with Checkpoints(run) as checkpoints:
+        checkpoints.write_config(ghn)
+        checkpoints.save(1, 1, params=ghn.init_variables(0)["params"])
+    config = compared_architectures.Config(
+        ghn=(run,), training=4, networks=3, pairs=2, out=tmp_path / "out"
+    )
+    found = json.dumps(compared_architectures.run(config))
+    assert json.dumps(compared_architectures.run(config)) == found
+    with Checkpoints(run) as checkpoints:  # it is trained on
+        checkpoints.save(2, 2, params=ghn.init_variables(1)["params"])
+    with pytest.raises(ValueError, match="'run' with other parameters than now"):
+        compared_architectures.run(config)
+
+
+def test_every_experiment_says_which_hypernetworks_its_records_are_of():
+    folder = Path(inspect.getfile(compared_architectures)).parent
+    for file in sorted(folder.glob("*.py")):
+        text = file.read_text()
+        if "load_ghns" in text:
+            for call in ast.walk(ast.parse(text)):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "Records.open":
+                    assert "ghns" in [keyword.arg for keyword in call.keywords], file.name
 
 
 # --- Which networks -------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from ghn_jax.files.replace import write_beside
 from ghn_jax.hypernet.ghn import GHN, check_hypernetwork
 
 CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
+UNTRAINED = "untrained GHN-2"  # of `load_ghns` without a source
 
 
 def ghn_config(ghn: GHN) -> dict[str, Any]:
@@ -382,5 +383,5 @@ def load_ghns(sources: Iterable[str | Path]) -> dict[str, tuple[GHN, dict]]:
             raise ValueError(f"two hypernetworks are called {name!r}; rename one")
     if not paths:
         ghn = GHN()
-        return {"untrained GHN-2": (ghn, ghn.init_variables(0))}
+        return {UNTRAINED: (ghn, ghn.init_variables(0))}
     return dict(zip(names, map(GHN.from_pretrained, paths), strict=True))

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ghn_jax.data.images import Images, eval_batches, load_images
+from ghn_jax.data.images import eval_batches, load_images
 from ghn_jax.evaluation.accuracy import predict_network, random_parameters
 from ghn_jax.evaluation.activations import LayerStatistics, recorder
 from ghn_jax.evaluation.experiments.kept_parameters import existing_file, read_parameters
@@ -78,16 +78,23 @@ def _begin(folder: Path, ghn: GHN, seed: int) -> dict:
     return {"params": near_identity(ghn, params, training.get("identity", 0.0))}
 
 
-def _hypernetworks(config: Config, images: Images) -> dict[str, tuple[GHN, Callable[[], Any]]]:
-    """Name of a curve -> a hypernetwork, and what makes its variables."""
-    if not config.ghn:
-        both = {"GHN-2": GHN(images.num_classes), "GHN-1": ghn1(images.num_classes)}
+def _hypernetworks(
+    config: Config, loaded: Mapping[str, tuple[GHN, dict]], num_classes: int
+) -> dict[str, tuple[GHN, Callable[[], Any]]]:
+    """Name of a curve -> a hypernetwork, and what makes its variables.
+
+    Args:
+      config: of the experiment.
+      loaded: the hypernetworks of `config.ghn` by name.
+      num_classes: of those that are made where there are none.
+    """
+    if not loaded:
+        both = {"GHN-2": GHN(num_classes), "GHN-1": ghn1(num_classes)}
         return {
             f"{name}, {BEGIN}": (ghn, lambda ghn=ghn: ghn.init_variables(config.seed))
             for name, ghn in both.items()
         }
     found: dict[str, tuple[GHN, Callable[[], Any]]] = {}
-    loaded = load_ghns_for(config.ghn, images)
     for folder, (name, (ghn, variables)) in zip(config.ghn, loaded.items(), strict=True):
         begin = functools.partial(_begin, folder, ghn, config.seed)
         found[f"{name}, {BEGIN}"] = ghn, begin
@@ -110,9 +117,12 @@ def run(config: Config) -> list[dict]:
     images = load_images(
         config.dataset, "test", data_dir=config.data_dir, image_size=config.image_size
     )
-    ghns = _hypernetworks(config, images)
+    loaded = load_ghns_for(config.ghn, images) if config.ghn else {}
+    ghns = _hypernetworks(config, loaded, images.num_classes)
     without = ("ghn", "trained", "data_dir", "layers", "out")
-    records = Records.open(config.out, describe("activations", config, without=without))
+    records = Records.open(
+        config.out, describe("activations", config, without=without), ghns=loaded
+    )
     batch, _ = next(iter(eval_batches(images, min(config.batch_size, len(images)))))
     module = module_of(network, images.task)
     statistics = recorder(module)

@@ -141,9 +141,8 @@ def run(config: Config) -> list[dict]:
     """
     check(config)
     ghns = load_ghns(config.ghn)
-    records = Records.open(
-        config.out, describe("compared_architectures", config, without=("ghn", "out"))
-    )
+    settings = describe("compared_architectures", config, without=("ghn", "out"))
+    records = Records.open(config.out, settings, ghns=ghns)
     sets = _sets(config)
     for method, (ghn, variables) in ghns.items():
         if method in records:

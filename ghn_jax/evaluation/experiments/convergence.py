@@ -78,9 +78,10 @@ def run(config: Config) -> list[dict]:
     )
     steps_per_epoch(images, config.recipe.batch_size)
     tests = dict(zip(("val", "test"), others, strict=True))
-    starts = {HE: None, **load_ghns_for(config.ghn, images)}
+    ghns = load_ghns_for(config.ghn, images)
+    starts = {HE: None, **ghns}
     without = ("ghn", "data_dir", "learning_rates", "weight_decays", "out")
-    records = Records.open(config.out, describe("convergence", config, without=without))
+    records = Records.open(config.out, describe("convergence", config, without=without), ghns=ghns)
     runs = [(f"{start}, {r.learning_rate:g}, {r.weight_decay:g}", start, r)
             for start in starts for r in recipes]  # fmt: skip
     missing = [run for run in runs if run[0] not in records]

@@ -34,6 +34,7 @@ from ghn_jax.evaluation.experiments.records import Records, describe, write_besi
 from ghn_jax.evaluation.networks import Named, by_name
 from ghn_jax.files.tensors import read_tensors
 from ghn_jax.hypernet.checkpoint import load_ghns
+from ghn_jax.hypernet.ghn import GHN
 
 HE, SGD = "He", "SGD"
 # Initialisation -> AP at IoU 0.5 of networks, mean and standard deviation, in the paper.
@@ -133,8 +134,13 @@ def _photographs(config: Config) -> list[Photograph]:
 Start = Callable[[str, Architecture | str, int], Mapping]
 
 
-def _starts(config: Config) -> dict[str, Start]:
-    """Where parameters come from, by name."""
+def _starts(config: Config, ghns: Mapping[str, tuple[GHN, dict]]) -> dict[str, Start]:
+    """Where parameters come from, by name.
+
+    Args:
+      config: of the experiment.
+      ghns: hypernetworks by name.
+    """
     size = config.network_image_size
 
     def random(name, network, seed: int) -> Mapping:
@@ -144,7 +150,7 @@ def _starts(config: Config) -> dict[str, Start]:
         return lambda name, network, seed: predict_network(ghn, variables, network, size)[1]
 
     starts = {HE: random}
-    starts |= {name: predicted(*loaded) for name, loaded in load_ghns(config.ghn).items()}
+    starts |= {name: predicted(*loaded) for name, loaded in ghns.items()}
     if config.trained is not None:
         folder = config.trained / "parameters"
         missing = [n for n in config.networks if not (folder / f"{n}.safetensors").is_file()]
@@ -281,9 +287,10 @@ def run(config: Config) -> list[dict]:
       FileNotFoundError: there are no photographs where they should be.
     """
     check(config)
-    nets, starts = networks(config), _starts(config)
+    nets, ghns = networks(config), load_ghns(config.ghn)
+    starts = _starts(config, ghns)
     without = ("data", "networks", "ghn", "trained", "seeds", "out")
-    records = Records.open(config.out, describe("detection", config, without=without))
+    records = Records.open(config.out, describe("detection", config, without=without), ghns=ghns)
     photographs = _photographs(config)
     kept = len(split(photographs, config.test_images, 0)[0])
     if kept < config.batch_size:

@@ -182,7 +182,7 @@ def run(config: Config) -> list[dict]:
     for origin, (name, network) in itertools.product(trained, networks):
         start(origin, name, network, 0)  # what is missing or does not fit is said now
     without = ("data_dir", "networks", "ghn", "trained", "seeds", "out")
-    records = Records.open(config.out, describe("few_shot", config, without=without))
+    records = Records.open(config.out, describe("few_shot", config, without=without), ghns=ghns)
     grid = list(itertools.product(config.learning_rates, config.weight_decays))
     todo = [(f"{name} from {origin}", functools.partial(start, origin, name, network), network)
             for name, network in networks for origin in starts]  # fmt: skip

@@ -124,7 +124,9 @@ def _evaluated(config: Config) -> list[dict]:
     size = images.image_size
     nets = [n for split in SPLITS for n in of_split(split, 0, config.networks, image_size=size)]
     without = ("predicted", "trained", "ghn", "data_dir", "networks", "out")
-    records = Records.open(config.out, describe("generalisation", config, without=without))
+    records = Records.open(
+        config.out, describe("generalisation", config, without=without), ghns=ghns
+    )
     return evaluate_missing(records, ghns, nets, images, config.batch_size)
 
 

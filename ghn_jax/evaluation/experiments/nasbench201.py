@@ -238,12 +238,12 @@ def run(config: Config) -> list[Row]:
         rng = np.random.default_rng(config.seed)
         chosen = np.sort(rng.choice(chosen, config.cells, replace=False))
     cells = [cells[i] for i in chosen]
-    records = Records.open(
-        config.out, describe("nasbench201", config, without=("out", "sizes", "draws", "neupred"))
-    )
+    ghns = load_ghns(config.ghn)
+    without = ("out", "sizes", "draws", "neupred")
+    records = Records.open(config.out, describe("nasbench201", config, without=without), ghns=ghns)
     makers: dict[str, Callable[[], Features]] = {
         name: lambda loaded=loaded: embed_cells(*loaded, cells, progress=True)
-        for name, loaded in load_ghns(config.ghn).items()
+        for name, loaded in ghns.items()
     }
     if config.neupred:
         makers["NeuPred"] = lambda: [cell_graph(cell, 1) for cell in cells]

@@ -143,10 +143,10 @@ def run(config: Config) -> list[dict]:
     )
     ghns = load_ghns_for(config.ghn, images)
     nets = networks(config, images.image_size)
-    records = Records.open(config.out, settings(config), config.unit)
+    records = Records.open(config.out, settings(config), config.unit, ghns=ghns)
     if config.cluster.cluster is not None:
         run_units(run, config, config.start, config.start + len(nets))
-        records = Records.open(config.out, settings(config))
+        records = Records.open(config.out, settings(config), ghns=ghns)
     found = evaluate_missing(records, ghns, nets, images, config.batch_size)
     if not config.unit:
         write_beside(config.out / "table.md", table(found))

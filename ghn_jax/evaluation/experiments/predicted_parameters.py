@@ -33,6 +33,7 @@ from ghn_jax.evaluation.experiments.kept_parameters import (
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.networks import Named, of_split
 from ghn_jax.hypernet.checkpoint import load_ghns
+from ghn_jax.hypernet.ghn import GHN
 
 SHAPE = (128, 1, 3, 3)  # in PyTorch's order, of depthwise and dilated depthwise convolutions
 SMALL = 0.05  # magnitude of what counts as sparse
@@ -128,8 +129,13 @@ def look_at(graph: Graph, params: Mapping, shape: Sequence[int]) -> tuple[list[n
 Parameters = Callable[[str, Architecture, int], Mapping | None]
 
 
-def _methods(config: Config) -> dict[str, Parameters]:
-    """Where parameters come from, by name."""
+def _methods(config: Config, ghns: Mapping[str, tuple[GHN, dict]]) -> dict[str, Parameters]:
+    """Where parameters come from, by name.
+
+    Args:
+      config: of the experiment.
+      ghns: hypernetworks by name.
+    """
 
     def predicted(ghn, variables) -> Parameters:
         return lambda name, arch, seed: ghn.predict(variables, arch, image_size=config.image_size)
@@ -139,7 +145,7 @@ def _methods(config: Config) -> dict[str, Parameters]:
         # A seed of its own: equal names in two networks would get equal numbers.
         return random_parameters(network, config.image_size, seed=seed)
 
-    methods = {method: predicted(*loaded) for method, loaded in load_ghns(config.ghn).items()}
+    methods = {method: predicted(*loaded) for method, loaded in ghns.items()}
     methods[HE] = random
     if config.trained is not None:
         where = config.trained
@@ -169,10 +175,10 @@ def run(config: Config) -> list[dict]:
     Raises:
       ValueError: options that cannot work, or a folder with records of other options.
     """
-    nets, methods = networks(config), _methods(config)
-    records = Records.open(
-        config.out, describe("predicted_parameters", config, without=("ghn", "trained", "out"))
-    )
+    nets, ghns = networks(config), load_ghns(config.ghn)
+    methods = _methods(config, ghns)
+    settings = describe("predicted_parameters", config, without=("ghn", "trained", "out"))
+    records = Records.open(config.out, settings, ghns=ghns)
     for method, parameters in methods.items():
         if method in records:
             continue

@@ -270,9 +270,11 @@ def run(config: Config) -> list[dict]:
             "of those that --fit has; train more with ghn-paper trained-networks"
         )
     settings = describe("properties", config, without=("out", "neupred_runs"))
-    records = Records.open(config.out, {**settings, "networks": [len(fit), len(test)]})
+    ghns = load_ghns(config.ghn)
+    settings["networks"] = [len(fit), len(test)]
+    records = Records.open(config.out, settings, ghns=ghns)
     for record in predict_properties(
-        fit, test, load_ghns(config.ghn), image_size=config.image_size,
+        fit, test, ghns, image_size=config.image_size,
         neupred_runs=config.neupred_runs, neupred_epochs=config.neupred_epochs, progress=True,
         known=records,
     ):  # fmt: skip

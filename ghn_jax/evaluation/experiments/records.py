@@ -6,7 +6,8 @@
             records.add({"name": name, ...})
 
 A record that is written stays: a run that is repeated computes what is missing. Processes that
-share a folder write files of their own, `records-<unit>.jsonl`; all of them are read.
+share a folder write files of their own, `records-<unit>.jsonl`; all of them are read. Records know
+a hypernetwork by its name; `hypernetworks.json` says what parameters each name stands for.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ghn_jax.files.digest import DIGEST, with_digest, without_digest
+import jax
+
+from ghn_jax.files.digest import DIGEST, digest_of_arrays, with_digest, without_digest
 from ghn_jax.files.json_file import parse_json, read_json
 from ghn_jax.files.replace import append, write_beside
+from ghn_jax.hypernet.checkpoint import UNTRAINED
+from ghn_jax.hypernet.ghn import GHN
 
 TABLE = "table.md"  # of an experiment
 _SETTINGS = "settings.json"
+_HYPERNETWORKS = "hypernetworks.json"
 _RECORDS = re.compile(r"records.*\.jsonl")
 
 
@@ -47,6 +53,32 @@ def check_settings(
     if other:
         changes = ", ".join(f"{k} {before.get(k)!r} (now {now.get(k)!r})" for k in other)
         raise ValueError(f"{where} has records with {changes}; give the same options, or {place}")
+
+
+def check_hypernetworks(folder: Path, ghns: Mapping[str, tuple[GHN, dict]]) -> None:
+    """Notes what parameters hypernetworks have; raises ValueError where a name had others.
+
+    Args:
+      folder: of records.
+      ghns: name -> a hypernetwork and its variables, as of `load_ghns`.
+    """
+    path, known = folder / _HYPERNETWORKS, {}
+    if path.exists():
+        known = read_json(path, "restore it, or give another folder")
+        if not isinstance(known, dict):
+            raise ValueError(f"{path} names no hypernetworks; restore it, or give another folder")
+        known = without_digest(known, path)
+    now = {
+        name: digest_of_arrays(jax.tree.leaves(variables), "")
+        for name, (_, variables) in ghns.items()
+        if name != UNTRAINED  # always the same, but for rounding on another machine
+    }
+    changed = [repr(name) for name in now if known.get(name, now[name]) != now[name]]
+    if changed:
+        raise ValueError(f"{folder} has records of {', '.join(changed)} with other parameters than "
+                         "now: trained on, or replaced; give another folder")  # fmt: skip
+    if now.keys() - known.keys():
+        write_beside(path, json.dumps(with_digest({**known, **now}), indent=1) + "\n")
 
 
 def _complete(path: Path, *, signed: bool) -> list[dict]:
@@ -88,16 +120,25 @@ class Records(Mapping[str, dict]):
         self.path, self._found = path, found
 
     @classmethod
-    def open(cls, folder: str | Path, settings: Mapping[str, Any], unit: str = "") -> Records:
+    def open(
+        cls,
+        folder: str | Path,
+        settings: Mapping[str, Any],
+        unit: str = "",
+        *,
+        ghns: Mapping[str, tuple[GHN, dict]] | None = None,
+    ) -> Records:
         """Opens a folder, or makes it.
 
         Args:
           folder: of the experiment's results.
           settings: JSON-ready; what its records depend on. Kept in `settings.json`.
           unit: of a process that shares the folder with others.
+          ghns: those that records name, as of `load_ghns`.
 
         Raises:
-          ValueError: the folder has records of other settings, or a damaged one.
+          ValueError: the folder has records of other settings, of a hypernetwork whose parameters
+            were others, or a damaged one.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +155,7 @@ class Records(Mapping[str, dict]):
                 raise ValueError(f"{folder} holds {', '.join(theirs)}, but no {_SETTINGS} of an "
                                  "experiment; give another folder")  # fmt: skip
             write_beside(path, json.dumps(with_digest(settings), indent=1) + "\n")
+        check_hypernetworks(folder, ghns or {})
         path = folder / (f"records-{unit}.jsonl" if unit else "records.jsonl")
         if path.exists():  # a last line that was cut off would spoil the next one
             content = path.read_bytes()

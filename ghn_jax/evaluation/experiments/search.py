@@ -210,9 +210,11 @@ def run(config: Config) -> list[Found]:
     if config.num < 1 or config.keep < 1:
         raise ValueError(f"--num is {config.num} and --keep is {config.keep}; use 1 or more")
     archs, values = training_set(config.trained, config.property)
-    ((ghn, variables),) = load_ghns([] if config.ghn is None else [config.ghn]).values()
+    ghns = load_ghns([] if config.ghn is None else [config.ghn])
+    ((ghn, variables),) = ghns.values()
     task = Task(ghn.num_classes, config.image_size)
-    scores = Records.open(config.out, describe("search", config, without=("num", "keep", "out")))
+    settings = describe("search", config, without=("num", "keep", "out"))
+    scores = Records.open(config.out, settings, ghns=ghns)
 
     graphs = (ghn.graph(arch, image_size=config.image_size) for arch in archs)
     # In per cent, which the grid of the regression is made for.
