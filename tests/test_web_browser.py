@@ -1,7 +1,9 @@
 """The web page in a browser, from the choice of a network to the downloads: `make test-browser`."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,7 +11,6 @@ import sys
 import time
 import urllib.request
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -31,8 +32,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--window-size=1400,1000")  # fmt: skip
 LONGEST = 120  # seconds for anything that is waited for
-PORT = 7871
-ADDRESS = f"http://127.0.0.1:{PORT}/"
+PORTS = 7871, 7872
 
 
 def wait_until(check):
@@ -44,50 +44,67 @@ def wait_until(check):
     return found
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The program, with a hypernetwork that is not trained; gives the folder of its files."""
-    folder = tmp_path_factory.mktemp("server")
-    ghn = GHN(max_shape=(8, 8, 7, 7))
-    run = Checkpoints(folder / "ghn")
-    run.write_config(ghn, training=preset("demo").describe())
-    run.save(0, 0, params=ghn.init_variables(0)["params"])
-    (folder / "tmp").mkdir()
+@contextlib.contextmanager
+def serving(folder, ghn, port, *options):
+    """The program, with its files in a folder that is new; gives the page's address."""
+    address = f"http://127.0.0.1:{port}/"
+    (folder / "tmp").mkdir(parents=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "ghn_jax.cli.web", "--ghn", str(folder / "ghn"), "--port",
-         str(PORT), "--cache-dir", str(folder / "cache")],
+        [sys.executable, "-m", "ghn_jax.cli.web", "--ghn", str(ghn), "--port", str(port),
+         "--cache-dir", str(folder / "cache"), *options],
         env={**os.environ, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
 
     def answers():
         assert process.poll() is None, "the program has ended"
         try:
-            return urllib.request.urlopen(ADDRESS, timeout=5).status == 200
+            return urllib.request.urlopen(address, timeout=5).status == 200
         except OSError:
             return False
 
-    wait_until(answers)
-    yield folder
-    assert any((folder / "tmp").iterdir())
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    try:
+        wait_until(answers)
+        yield address
+        assert any((folder / "tmp").iterdir())
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
     assert [*(folder / "tmp").iterdir()] == []
 
 
-@pytest.fixture(scope="module")
-def browser(server, tmp_path_factory):
+@contextlib.contextmanager
+def chromium(folder, address):
+    """A browser that shows a page, with its files in a folder that is new."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('user')}"):
+    downloads = folder / "downloads"
+    downloads.mkdir(parents=True)
+    for flag in (*FLAGS, f"--user-data-dir={folder / 'user'}"):
         options.add_argument(flag)
-    folder = str(tmp_path_factory.mktemp("downloads"))
-    options.add_experimental_option("prefs", {"download.default_directory": folder})
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     driver = webdriver.Chrome(options, service)
-    driver.downloads = Path(folder)
-    driver.get(ADDRESS)
-    yield driver
-    driver.quit()
+    driver.address, driver.downloads = address, downloads
+    try:
+        driver.get(address)
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """The page of a hypernetwork that is not trained."""
+    folder = tmp_path_factory.mktemp("browser")
+    ghn = GHN(max_shape=(8, 8, 7, 7))
+    run = Checkpoints(folder / "ghn")
+    run.write_config(ghn, training=preset("demo").describe())
+    run.save(0, 0, params=ghn.init_variables(0)["params"])
+    with (
+        serving(folder / "server", folder / "ghn", PORTS[0]) as address,
+        chromium(folder / "chromium", address) as driver,
+    ):
+        yield driver
 
 
 def one(browser, css):
@@ -176,6 +193,32 @@ def test_nothing_comes_from_elsewhere(browser):
     asked = browser.execute_script("return performance.getEntries().map(e => e.name)")
     addresses = [name for name in asked if "://" in name]
     assert len(addresses) > 10
-    assert [name for name in addresses if not name.startswith(ADDRESS)] == []
+    assert [name for name in addresses if not name.startswith(browser.address)] == []
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert errors == []
+
+
+def accuracies(browser, title):
+    """Accuracies in per cent, predicted and random, as soon as a network's results are shown."""
+    wait_until(lambda: said(browser, "#results h3").startswith(title))
+    facts = said(browser, "#results .facts")
+    assert "accuracy on 512 test images" in facts
+    return [float(number) for number in re.findall(r"([\d.]+)%", facts)][:2]
+
+
+def test_the_hypernetwork_that_comes_with_the_package(tmp_path, shared):
+    """By its name, on real photographs: networks that nobody trained see what is on them."""
+    data = ("--data-dir", str(shared / "tfds"))
+    with (
+        serving(tmp_path / "server", "ghn2-cifar10-small", PORTS[1], *data) as address,
+        chromium(tmp_path / "chromium", address) as browser,
+    ):
+        one(browser, "#predict").click()
+        predicted, random = accuracies(browser, "sampled 0")
+        assert predicted > 25 and random < 20
+        one(browser, "#source input[value='model of the zoo']").click()
+        one(browser, "#model")
+        one(browser, "#predict").click()
+        predicted, random = accuracies(browser, "resnet18")
+        assert predicted > 38 and random < 20
+        assert set(read_torch(downloaded(browser, "torch", ".pt"))) >= {"conv1.weight", "fc.bias"}
