@@ -106,8 +106,8 @@ class OptimiserConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-5  # L2, added to the gradient; with adamw and muon, to the update
     clip: float = 5.0  # largest global norm of the gradient
-    schedule: Literal["steps", "cosine"] = "steps"  # cosine: from warm-up to 0 at the last update
-    warmup_epochs: float = 0.0  # in which the learning rate rises from 1e-5 (cosine)
+    schedule: Literal["steps", "cosine"] = "steps"  # cosine: to 0 at the last update
+    warmup_epochs: float = 0.0  # in which the learning rate rises from 1e-5
     decay_epochs: tuple[int, ...] = (200, 250)  # epochs at which the learning rate falls (steps)
     decay: float = 0.1  # factor by which it falls
     label_smoothing: float = 0.0  # 0.1 for ImageNet in the paper
@@ -136,21 +136,28 @@ class OptimiserConfig:
         """Number of an update, from 0 -> its learning rate.
 
         Raises:
-          ValueError: the warm-up is as long as the run.
+          ValueError: the warm-up is as long as the run, or goes on after the first step down.
         """
+        rise = round(self.warmup_epochs * steps_per_epoch)
+        falls = [epoch * steps_per_epoch for epoch in self.decay_epochs]
+        end = total if self.schedule == "cosine" else min(falls, default=total)
+        if rise and rise >= end:
+            raise ValueError(
+                f"--warmup-epochs is {self.warmup_epochs}, {rise} updates, but the "
+                f"{'run ends' if end == total else 'learning rate falls'} after {end}; allowed: "
+                f"below {end / steps_per_epoch:.3g}"
+            )
         if self.schedule == "cosine":
-            rise = round(self.warmup_epochs * steps_per_epoch)
-            if rise >= total:
-                raise ValueError(
-                    f"--warmup-epochs is {self.warmup_epochs}, {rise} updates, but the run has "
-                    f"{total}; allowed: below {total / steps_per_epoch:.3g}"
-                )
-            first = min(WARMUP_FROM, self.learning_rate) if rise else self.learning_rate
-            return optax.warmup_cosine_decay_schedule(first, self.learning_rate, rise, total)
-        return optax.piecewise_constant_schedule(
-            self.learning_rate,
-            {epoch * steps_per_epoch: self.decay for epoch in self.decay_epochs},
-        )
+            after = optax.cosine_decay_schedule(self.learning_rate, total - rise)
+        else:
+            after = optax.piecewise_constant_schedule(
+                self.learning_rate, {fall - rise: self.decay for fall in falls}
+            )
+        if not rise:
+            return after
+        first = min(WARMUP_FROM, self.learning_rate)
+        rising = optax.linear_schedule(first, self.learning_rate, rise)
+        return optax.join_schedules([rising, after], [rise])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,11 +128,6 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, value in at_least_zero.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 0 or more")
-    if o.warmup_epochs and o.schedule != "cosine":
-        raise ValueError(
-            f"--warmup-epochs is {o.warmup_epochs}, but --schedule {o.schedule} has no warm-up; "
-            "allowed: 0, or --schedule cosine"
-        )
     for name, value in {"label_smoothing": o.label_smoothing, "average": o.average}.items():
         if not 0 <= value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 0 to below 1")
