@@ -37,9 +37,9 @@ CSS = """
                  font-variant-numeric: tabular-nums; }
 .ghn .facts div:first-child dd { color: #1f5fbf; }
 .ghn .note { margin: 6px 0 0; font-size: 12px; opacity: 0.75; }
-.ghn .images { display: flex; flex-wrap: wrap; gap: 8px 20px; }
+.ghn .images { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 8px; }
 .ghn .images figure { margin: 0; text-align: center; font-size: 12px; }
-.ghn .images img { width: 72px; height: 72px; }
+.ghn .images img { width: 72px; max-width: 100%; height: auto; aspect-ratio: 1; }
 .ghn .right { color: #1a7f37; } .ghn .wrong { color: #c0392b; }
 .ghn .pixels img { image-rendering: pixelated; display: block; margin: 0 auto 2px; }
 .ghn .filters { display: flex; flex-wrap: wrap; gap: 4px; }
