@@ -1,5 +1,6 @@
 """Hypernetworks on disk."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -210,6 +211,34 @@ def test_training_goes_on_where_metadata_are_damaged(tmp_path, found, instead):
     for step in (2, 3):
         _, position, trees = Checkpoints(tmp_path).load(params=like, upto=step)
         assert (position, trees["params"]["a"][0]) == (11 * step, step)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("held", [True, False])
+def test_checkpoints_before_one_that_is_damaged_are_saved(tmp_path, held):
+    """What is damaged is set aside, so that it is in nobody's way."""
+    array, checkpoints = {"a": np.zeros(3, np.float32)}, Checkpoints(tmp_path)
+    with checkpoints if held else contextlib.nullcontext():
+        for step in (9, 14):
+            checkpoints.save(step, step, params=array)
+        checkpoints.load(params=array)
+        (tmp_path / "checkpoints" / "14" / "params" / "_METADATA").write_text("{")
+        with pytest.warns(UserWarning, match="14 in .* is damaged .*; going on from checkpoint 9"):
+            assert checkpoints.load(params=array)[0] == 9
+        for step in (10, 11, 12):
+            checkpoints.save(step, step, params=array)
+            assert checkpoints.load(params=array)[:2] == (step, step)
+    assert Checkpoints(tmp_path).steps() == [11, 12]
+    assert (tmp_path / "set_aside" / "14").is_dir()
+    Checkpoints(tmp_path).save(14, 14, params=array)
+    assert Checkpoints(tmp_path).load(params=array)[0] == 14
+
+
+def test_what_is_not_saved_is_an_error(tmp_path, monkeypatch):
+    never = lambda *args, **options: None  # noqa: E731
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", never)
+    with pytest.raises(OSError, match="checkpoint 1 could not be written"):
+        Checkpoints(tmp_path).save(1, 1, params={"a": np.zeros(3, np.float32)})
 
 
 def test_what_is_saved_in_the_background_is_what_it_was(tmp_path):

@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import json
 import logging
+import shutil
 import sys
 import time
 import warnings
@@ -20,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from ghn_jax.files.digest import digest_of_arrays, with_digest, without_digest
@@ -28,7 +30,7 @@ from ghn_jax.files.messages import in_a_line
 from ghn_jax.files.replace import write_beside
 from ghn_jax.hypernet.ghn import GHN, check_hypernetwork
 
-CONFIG, _CHECKPOINTS = "config.json", "checkpoints"
+CONFIG, _CHECKPOINTS, _SET_ASIDE = "config.json", "checkpoints", "set_aside"
 UNTRAINED = "untrained GHN-2"  # of `load_ghns` without a source
 
 
@@ -153,7 +155,9 @@ class Checkpoints:
     def save(self, step: int, position: int, **trees: Any) -> None:
         """Saves trees of arrays under a step, with a position of the architecture stream.
 
-        Where there are several processes, all of them call this, as they do `load`.
+        Checkpoints of later steps, which are damaged or of a run that has gone back, are moved to
+        the folder `set_aside`. Where there are several processes, all of them call this, as they do
+        `load`.
 
         Raises:
           OSError: this checkpoint, or the one that was written in the background, could not be
@@ -165,22 +169,41 @@ class Checkpoints:
         digests = {name: _digest(step, position, tree) for name, tree in trees.items()}
         self._step = step
         with _as_one_sentence(self.path, step), self._open() as checkpointer:
+            if self._set_aside(step):
+                checkpointer.reload()
             response = checkpointer.save_checkpointables_async(
                 step, trees, overwrite=True,
                 custom_metadata={"position": position, "digests": digests},
             )  # fmt: skip
+            if response is None:
+                raise OSError("Orbax has declined to save it")
             if self._held is not None:
                 self._pending = step, response
-            elif response is not None:
+            else:
                 response.result()
+
+    def _set_aside(self, step: int) -> bool:
+        """Moves checkpoints of later steps away, before which Orbax saves none: were there any?"""
+        later = [after for after in self.steps() if after > step]
+        several, any_later = jax.process_count() > 1, bool(later)
+        if several:  # the first one looks, for all
+            any_later = bool(multihost_utils.broadcast_one_to_all(np.int32(any_later)))
+        if any_later and jax.process_index() == 0:
+            aside = self.path / _SET_ASIDE
+            aside.mkdir(exist_ok=True)
+            for after in later:
+                shutil.rmtree(aside / str(after), ignore_errors=True)
+                (self.path / _CHECKPOINTS / str(after)).rename(aside / str(after))
+        if any_later and several:
+            multihost_utils.sync_global_devices(f"later checkpoints than {step} are set aside")
+        return any_later
 
     def _finish(self) -> None:
         """Waits for what is written in the background."""
         if self._pending is not None:
             (step, response), self._pending = self._pending, None
             with _as_one_sentence(self.path, step):
-                if response is not None:
-                    response.result()
+                response.result()
 
     def load(
         self, sharding: jax.sharding.Sharding | None = None, *, upto: int | None = None, **like: Any
