@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import sys
+import time
 import types
 import warnings
 from contextlib import closing
@@ -148,6 +149,22 @@ def test_a_learning_curve_changes_nothing(runs):
     jax.tree.map(
         np.testing.assert_array_equal, parameters(runs / "plain"), parameters(runs / "watched")
     )
+
+
+def test_measuring_is_of_no_updates_time(runs, kept, tmp_path, digits):
+    (tmp_path / "nets.json").write_text(
+        json.dumps({f"net {i}": NORMED.to_dict() for i in range(2)})
+    )
+    options = config(tmp_path, "run", init=None, validate_every=2).replace(steps=4, save_every=100)
+
+    def slow(ghn, params, engine):
+        time.sleep(5)
+        return Validated(0.5, 5.0)
+
+    loop.train(options, digits, slow)
+    seconds = [record["seconds"] for record in records(tmp_path / "run")]
+    assert len(seconds) == 4
+    assert all(0 < t < 5 for t in seconds[1:])
 
 
 def test_accuracies_are_of_the_parameters_at_that_time(runs, kept, digits):

@@ -361,9 +361,16 @@ def _make_updates(
     batches = prefetch(train_batches(images, size, seed=config.run.seed, start_step=run.done))
     alone = jax.process_count() == 1
     bad, due, asked, saved = 0, False, NOTHING, time.monotonic()
-    log = Log(config, run.done, run.total, run.position, compilations)
+    log, issued = Log(config, run.done, run.total, run.position, compilations), []
+
+    def read() -> None:
+        """Waits for the first of the updates that are issued."""
+        nonlocal asked, bad
+        found = log.update(*issued.pop(0))
+        asked = max(asked, int(found.request))
+        bad = 0 if found.applied else bad + 1
+
     with closing(updates), closing(batches), closing(log):
-        issued = []
         for step in range(run.done + 1, run.total + 1):
             start = time.perf_counter()
             update, image_batch = next(updates), next(batches)
@@ -374,6 +381,8 @@ def _make_updates(
             validated = None
             every = config.run.validate_every
             if every and validate and step % every == 0:
+                while issued:  # measuring is not of their time
+                    read()
                 params = run.step.whole(state.trained)  # of all processes
                 if jax.process_index() == 0:
                     validated = validate(run.step.ghn, params, run.step.engine)
@@ -385,9 +394,7 @@ def _make_updates(
             # Read an update late, so that the device has the next one in its queue. Where there are
             # several processes, all of them read there what any asks for, and do it together.
             while len(issued) > (0 if due or asked or bad else 1):
-                found = log.update(*issued.pop(0))
-                asked = max(asked, int(found.request))
-                bad = 0 if found.applied else bad + 1
+                read()
             if bad >= BAD_IN_A_ROW:
                 raise NotFinite(bad, update.batch.position)
             # A state that makes no finite updates takes no good one's place.
