@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from ghn_jax.evaluation.experiments import (
     training_speed,
 )
 from ghn_jax.evaluation.experiments.records import Records, read_records
-from ghn_jax.hypernet.checkpoint import Checkpoints, save_ghn
+from ghn_jax.hypernet.checkpoint import Checkpoints, ghn_config, save_ghn
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.plot.convergence import convergence_figure, meta_batch_figure
 from ghn_jax.plot.figure import method_colors
@@ -112,6 +113,18 @@ def test_where_a_run_began(tmp_path, training, seed, identity):
     bias = found["decoder"]["conv_1"].pop("bias") - expected["decoder"]["conv_1"].pop("bias")
     np.testing.assert_allclose(bias.reshape(8, 8), identity * np.eye(8), atol=1e-6)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found, expected))
+
+
+def test_a_beginning_that_is_not_told_is_left_out(tmp_path, capsys):
+    """Of a name, and of a run that went on from another hypernetwork."""
+    ghn, _ = ghn_jax.from_pretrained("ghn2-cifar10-small")
+    described = {"ghn": ghn_config(ghn), "training": {"init": "runs/first"}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    sources = (Path("ghn2-cifar10-small"), tmp_path)
+    loaded = {source.name: (ghn, {}) for source in sources}
+    found = activations._hypernetworks(activations.Config(ghn=sources), loaded, 10)
+    assert list(found) == [f"{source.name}, trained" for source in sources]
+    assert capsys.readouterr().out.count("does not tell where its training began") == 2
 
 
 # --- Generalisation -------------------------------------------------------------------------------

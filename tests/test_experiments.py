@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -22,6 +24,7 @@ from ghn_jax.evaluation import nasbench201
 from ghn_jax.evaluation.accuracy import evaluate_ghn, random_parameters
 from ghn_jax.evaluation.experiments import (
     compared_architectures,
+    convergence,
     few_shot,
     predicted_networks,
     regression,
@@ -29,11 +32,11 @@ from ghn_jax.evaluation.experiments import (
     trained_networks,
 )
 from ghn_jax.evaluation.experiments.cluster import ClusterConfig, units
+from ghn_jax.evaluation.experiments.kept_parameters import parameters_file, write_parameters
 from ghn_jax.evaluation.experiments.records import Records, read_records
 from ghn_jax.evaluation.experiments.saved_state import SavedState
 from ghn_jax.evaluation.experiments.trained_networks import (
     NEVER,
-    convergence,
     noisy,
     train_network,
     training_of,
@@ -110,9 +113,21 @@ def test_records_of_a_hypernetwork_that_changed_are_refused(tmp_path):
     both = {**first, "y": other["x"]}
     assert list(Records.open(tmp_path, {}, ghns=both)) == ["x: net"]
     for ghns in (other, {**both, "y": first["x"]}):
-        with pytest.raises(ValueError, match="with other parameters than now.*another folder"):
+        with pytest.raises(ValueError, match="begun with other parameters of .*another folder"):
             Records.open(tmp_path, {}, ghns=ghns)
     assert list(Records.open(tmp_path, {}, ghns=both)) == ["x: net"]
+
+
+def test_records_of_trained_networks_that_changed_are_refused(tmp_path):
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("SGD: a", "SGD: b")}
+    for file in files.values():
+        write_parameters(file, {"stem": {"kernel": np.zeros(3)}})
+    out = tmp_path / "out"
+    Records.open(out, {}, trained={"SGD: a": files["SGD: a"]}).add({"name": "x"})
+    assert list(Records.open(out, {}, trained=files)) == ["x"]
+    write_parameters(files["SGD: b"], {"stem": {"kernel": np.ones(3)}})
+    with pytest.raises(ValueError, match="begun with other parameters of 'SGD: b'"):
+        Records.open(out, {}, trained=files)
 
 
 def test_an_experiment_does_not_mix_two_hypernetworks_of_one_name(tmp_path):
@@ -127,7 +142,7 @@ def test_an_experiment_does_not_mix_two_hypernetworks_of_one_name(tmp_path):
     assert json.dumps(compared_architectures.run(config)) == found
     with Checkpoints(run) as checkpoints:  # it is trained on
         checkpoints.save(2, 2, params=ghn.init_variables(1)["params"])
-    with pytest.raises(ValueError, match="'run' with other parameters than now"):
+    with pytest.raises(ValueError, match="begun with other parameters of 'run'"):
         compared_architectures.run(config)
 
 
@@ -135,7 +150,7 @@ def test_every_experiment_says_which_hypernetworks_its_records_are_of():
     folder = Path(inspect.getfile(compared_architectures)).parent
     for file in sorted(folder.glob("*.py")):
         text = file.read_text()
-        if "load_ghns" in text:
+        if "load_ghn" in text or "from_pretrained" in text:
             for call in ast.walk(ast.parse(text)):
                 if isinstance(call, ast.Call) and ast.unparse(call.func) == "Records.open":
                     assert "ghns" in [keyword.arg for keyword in call.keywords], file.name
@@ -234,8 +249,8 @@ def test_models_of_the_zoo_have_no_cells_to_drop(digits):
 
 
 def test_convergence():
-    assert convergence([0.5, 0.9, 0.95, 0.99], 8) == 3 / 8
-    assert convergence([0.5, 0.9], 2) == NEVER
+    assert trained_networks.convergence([0.5, 0.9, 0.95, 0.99], 8) == 3 / 8
+    assert trained_networks.convergence([0.5, 0.9], 2) == NEVER
 
 
 def test_noise_is_added_to_values_from_0_to_1(digits):
@@ -306,12 +321,68 @@ def test_units_of_a_cluster_are_the_whole(tmp_path):
     there = read_records(out)
     for record in here:
         assert there[record["name"]]["loss"] == pytest.approx(record["loss"], rel=1e-4)
-    with pytest.raises(
-        ChildProcessError, match="1 of 1 jobs have failed.*no network of the design"
+    (tmp_path / "bad" / "states").mkdir(parents=True)
+    (tmp_path / "bad" / "states" / "net 0.npz").write_bytes(b"cut off")
+    with pytest.raises(ChildProcessError, match="1 of 2 jobs have failed.*npz is damaged"):
+        trained_networks.run(dataclasses.replace(config, out=tmp_path / "bad"))
+
+
+def test_networks_that_are_trained_by_one_name(tmp_path):
+    """Records are of one network and one hypernetwork; parameters are kept whenever asked for."""
+    nets, ghn = write_networks(tmp_path / "nets.json", 1), GHN(max_shape=(16, 16, 7, 7))
+    save_ghn(tmp_path / "ghn", ghn, ghn.init_variables(0))
+    config = trained_networks.Config(
+        dataset="digits", nets=nets, out=tmp_path / "out", ckpt=tmp_path / "ghn", width=8,
+        report_epochs=(), recipe=Recipe(epochs=1, batch_size=512),
+    )  # fmt: skip
+    (record,) = trained_networks.run(config)
+    file = parameters_file(config.out, "net 0")
+    assert not file.exists()
+    (again,) = trained_networks.run(dataclasses.replace(config, keep_parameters=True))
+    assert file.exists() and again["loss"] == pytest.approx(record["loss"], rel=1e-4)
+    written = (config.out / "records.jsonl").read_text()
+    trained_networks.run(dataclasses.replace(config, keep_parameters=True))
+    assert (config.out / "records.jsonl").read_text() == written
+    nets.write_text(json.dumps({"net 0": SMALL.replace(n_cells=3).to_dict()}))
+    with pytest.raises(ValueError, match="record of another network that is called net 0; give"):
+        trained_networks.run(config)
+    write_networks(nets, 1)
+    shutil.rmtree(tmp_path / "ghn")
+    save_ghn(tmp_path / "ghn", ghn, ghn.init_variables(1))
+    with pytest.raises(ValueError, match="begun with other parameters of 'ghn'"):
+        trained_networks.run(config)
+    five = GHN(num_classes=5, max_shape=(16, 16, 7, 7))
+    save_ghn(tmp_path / "five", five, five.init_variables(0))
+    with pytest.raises(ValueError, match="digits has 10 classes, but five predicts"):
+        trained_networks.run(
+            dataclasses.replace(config, ckpt=tmp_path / "five", out=tmp_path / "other")
+        )
+
+
+def test_recipes_that_a_network_cannot_have_are_refused_before_others_are_trained(tmp_path):
+    recipe = Recipe(epochs=1, batch_size=64, drop_path=0.2)
+    for run, config in (
+        (trained_networks.run, trained_networks.Config),
+        (few_shot.run, functools.partial(few_shot.Config, shots=100, held_out=10)),
     ):
-        trained_networks.run(dataclasses.replace(
-            config, nets=None, networks=("resnet18",), out=tmp_path / "bad",
-            recipe=dataclasses.replace(config.recipe, auxiliary=0.4)))  # fmt: skip
+        with pytest.raises(ValueError, match="resnet18 is no network of the design space"):
+            run(config(dataset="digits", networks=("DARTS", "resnet18"), recipe=recipe,
+                       out=tmp_path))  # fmt: skip
+    with pytest.raises(ValueError, match="resnet50 is no network of the design space"):
+        convergence.run(convergence.Config(dataset="digits", recipe=recipe, out=tmp_path))
+
+
+def test_a_network_that_has_diverged_is_not_trained_on(tmp_path, digits):
+    """Where the process ended between its last epoch and its record."""
+    recipe, saved = Recipe(epochs=3, batch_size=512), SavedState(tmp_path / "net")
+    training = training_of(Engine(), SMALL, recipe, digits["train"], 0)
+    params = random_parameters(module_of(SMALL, digits["train"].task), 16, 0)
+    params = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
+    options = {"report_epochs": (), "saved": saved}
+    record = train_network(training, params, recipe, digits["train"], {}, **options)
+    assert record["diverged"] == 1
+    again = train_network(training, params, recipe, digits["train"], {}, **options)
+    assert again["diverged"] == 1 and len(again["loss"]) == 1
 
 
 def test_predicted_networks_and_their_units(tmp_path, digits):

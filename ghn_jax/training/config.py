@@ -140,7 +140,7 @@ class OptimiserConfig:
         """
         rise = round(self.warmup_epochs * steps_per_epoch)
         falls = [epoch * steps_per_epoch for epoch in self.decay_epochs]
-        end = total if self.schedule == "cosine" else min(falls, default=total)
+        end = total if self.schedule == "cosine" else min([total, *falls])
         if rise and rise >= end:
             raise ValueError(
                 f"--warmup-epochs is {self.warmup_epochs}, {rise} updates, but the "
@@ -241,12 +241,13 @@ class TrainConfig:
 
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> TrainConfig:
-        """The configuration that `describe` has described; what is not there is the preset's.
+        """The configuration that `describe` has described; an option that came later is neutral.
 
         Raises:
           ValueError: it describes options that there are not.
         """
-        base = preset(described["preset"])
+        preset(described["preset"])  # else ValueError
+        base = cls(described["preset"])
         flat: dict[str, Any] = {}
         for name, value in described.items():  # at first, options were in their groups
             flat |= value if isinstance(value, dict) else {name: value}

@@ -14,7 +14,6 @@ before their training only.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,15 +63,20 @@ def quick() -> Config:
                   out=Path("runs/quick/activations"))  # fmt: skip
 
 
-def _begin(folder: Path, ghn: GHN, seed: int) -> dict:
+def _begin(source: Path, ghn: GHN, seed: int) -> dict | None:
     """The variables that a run started from, as far as its folder tells.
 
     Args:
-      folder: of the run.
-      ghn: its hypernetwork.
-      seed: if it does not tell its own.
+      source: of the hypernetwork: a folder, a file or a name.
+      ghn: the hypernetwork.
+      seed: if the folder does not tell its own.
+
+    Returns:
+      The variables; None of a file, and where the run went on from another hypernetwork.
     """
-    training = Checkpoints(folder).config().get("training", {})
+    training = Checkpoints(source).config().get("training", {}) if source.is_dir() else None
+    if training is None or training.get("model", training).get("init") is not None:
+        return None
     seed = training.get("run", training).get("seed", seed)
     params = ghn.init_variables(seed)["params"]
     return {"params": near_identity(ghn, params, training.get("identity", 0.0))}
@@ -96,8 +100,10 @@ def _hypernetworks(
         }
     found: dict[str, tuple[GHN, Callable[[], Any]]] = {}
     for folder, (name, (ghn, variables)) in zip(config.ghn, loaded.items(), strict=True):
-        begin = functools.partial(_begin, folder, ghn, config.seed)
-        found[f"{name}, {BEGIN}"] = ghn, begin
+        if (begin := _begin(folder, ghn, config.seed)) is None:
+            print(f"{name} does not tell where its training began: that is left out")
+        else:
+            found[f"{name}, {BEGIN}"] = ghn, lambda begin=begin: begin
         found[f"{name}, {TRAINED}"] = ghn, lambda variables=variables: variables
     return found
 
@@ -119,10 +125,11 @@ def run(config: Config) -> list[dict]:
     )
     loaded = load_ghns_for(config.ghn, images) if config.ghn else {}
     ghns = _hypernetworks(config, loaded, images.num_classes)
-    without = ("ghn", "trained", "data_dir", "layers", "out")
-    records = Records.open(
-        config.out, describe("activations", config, without=without), ghns=loaded
+    settings = describe(
+        "activations", config, without=("ghn", "trained", "data_dir", "layers", "out")
     )
+    trained = {SGD: file} if file else {}
+    records = Records.open(config.out, settings, ghns=loaded, trained=trained)
     batch, _ = next(iter(eval_batches(images, min(config.batch_size, len(images)))))
     module = module_of(network, images.task)
     statistics = recorder(module)

@@ -25,7 +25,11 @@ from ghn_jax.evaluation.accuracy import predict_network, random_parameters
 from ghn_jax.evaluation.experiments.predicted_networks import load_ghns_for
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.experiments.saved_state import SavedState
-from ghn_jax.evaluation.experiments.trained_networks import train_network, training_of
+from ghn_jax.evaluation.experiments.trained_networks import (
+    check_recipe,
+    train_network,
+    training_of,
+)
 from ghn_jax.evaluation.networks import by_name, module_of
 from ghn_jax.evaluation.recipe import Recipe
 
@@ -69,9 +73,10 @@ def run(config: Config) -> list[dict]:
         dataclasses.replace(config.recipe, learning_rate=rate, weight_decay=decay)
         for rate, decay in itertools.product(config.learning_rates, config.weight_decays)
     ]
+    ((_, network),) = by_name([config.network], config.width)
     for recipe in recipes:
         recipe.check()
-    ((_, network),) = by_name([config.network], config.width)
+        check_recipe(recipe, network)
     images, *others = (
         load_images(config.dataset, part, data_dir=config.data_dir, image_size=config.image_size)
         for part in ("train", "val", "test")
@@ -79,6 +84,8 @@ def run(config: Config) -> list[dict]:
     steps_per_epoch(images, config.recipe.batch_size)
     tests = dict(zip(("val", "test"), others, strict=True))
     ghns = load_ghns_for(config.ghn, images)
+    if HE in ghns:
+        raise ValueError(f"a hypernetwork is called {HE!r}, as the random start is; rename it")
     starts = {HE: None, **ghns}
     without = ("ghn", "data_dir", "learning_rates", "weight_decays", "out")
     records = Records.open(config.out, describe("convergence", config, without=without), ghns=ghns)

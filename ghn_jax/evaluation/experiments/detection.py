@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import unflatten_dict
 from tqdm import tqdm
 
 from ghn_jax.data.prefetch import prefetch
@@ -30,9 +29,13 @@ from ghn_jax.detection.detector import Batch, Detector, DetectorState, DetectorT
 from ghn_jax.detection.penn_fudan import WHERE, Frame, Photograph, flip, read_penn_fudan, split
 from ghn_jax.detection.scenes import write_scenes
 from ghn_jax.evaluation.accuracy import predict_network, random_parameters
+from ghn_jax.evaluation.experiments.kept_parameters import (
+    existing_file,
+    parameters_file,
+    read_parameters,
+)
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.networks import Named, by_name
-from ghn_jax.files.tensors import read_tensors
 from ghn_jax.hypernet.checkpoint import load_ghns
 from ghn_jax.hypernet.ghn import GHN
 
@@ -152,14 +155,8 @@ def _starts(config: Config, ghns: Mapping[str, tuple[GHN, dict]]) -> dict[str, S
     starts = {HE: random}
     starts |= {name: predicted(*loaded) for name, loaded in ghns.items()}
     if config.trained is not None:
-        folder = config.trained / "parameters"
-        missing = [n for n in config.networks if not (folder / f"{n}.safetensors").is_file()]
-        if missing:
-            raise ValueError(f"{folder} has no parameters of {', '.join(missing)}; make them with "
-                             "ghn-paper trained-networks --keep-parameters")  # fmt: skip
-        starts[SGD] = lambda name, network, seed: unflatten_dict(
-            read_tensors(folder / f"{name}.safetensors")[0], sep="."
-        )
+        files = {name: existing_file(config.trained, name) for name in config.networks}
+        starts[SGD] = lambda name, network, seed: read_parameters(files[name])
     return starts
 
 
@@ -290,7 +287,13 @@ def run(config: Config) -> list[dict]:
     nets, ghns = networks(config), load_ghns(config.ghn)
     starts = _starts(config, ghns)
     without = ("data", "networks", "ghn", "trained", "seeds", "out")
-    records = Records.open(config.out, describe("detection", config, without=without), ghns=ghns)
+    trained = (
+        {}
+        if config.trained is None
+        else {f"{SGD}: {n}": parameters_file(config.trained, n) for n in config.networks}
+    )
+    settings = describe("detection", config, without=without)
+    records = Records.open(config.out, settings, ghns=ghns, trained=trained)
     photographs = _photographs(config)
     kept = len(split(photographs, config.test_images, 0)[0])
     if kept < config.batch_size:

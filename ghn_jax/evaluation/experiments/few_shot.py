@@ -29,7 +29,11 @@ from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import random_parameters
 from ghn_jax.evaluation.experiments.kept_parameters import existing_file, read_parameters
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
-from ghn_jax.evaluation.experiments.trained_networks import train_network, training_of
+from ghn_jax.evaluation.experiments.trained_networks import (
+    check_recipe,
+    train_network,
+    training_of,
+)
 from ghn_jax.evaluation.networks import by_name, module_of
 from ghn_jax.evaluation.recipe import Recipe
 from ghn_jax.evaluation.reinitialise import add_noise, orthogonalise, tiled_kernels
@@ -142,6 +146,8 @@ def run(config: Config) -> list[dict]:
     shots = load_images(config.dataset, "train", **source)
     check(config, shots)
     networks = by_name(config.networks, config.width)
+    for _, network in networks:
+        check_recipe(config.recipe, network)
     test = load_images(config.dataset, "test", **source)
     kept = take_shots(shots, 0, config.shots - config.held_out)
     held = take_shots(shots, config.shots - config.held_out, config.shots)
@@ -182,7 +188,13 @@ def run(config: Config) -> list[dict]:
     for origin, (name, network) in itertools.product(trained, networks):
         start(origin, name, network, 0)  # what is missing or does not fit is said now
     without = ("data_dir", "networks", "ghn", "trained", "seeds", "out")
-    records = Records.open(config.out, describe("few_shot", config, without=without), ghns=ghns)
+    files = {
+        f"{name} from {origin}": existing_file(folder, name)
+        for origin, folder in trained.items()
+        for name, _ in networks
+    }
+    settings = describe("few_shot", config, without=without)
+    records = Records.open(config.out, settings, ghns=ghns, trained=files)
     grid = list(itertools.product(config.learning_rates, config.weight_decays))
     todo = [(f"{name} from {origin}", functools.partial(start, origin, name, network), network)
             for name, network in networks for origin in starts]  # fmt: skip

@@ -178,7 +178,16 @@ def run(config: Config) -> list[dict]:
     nets, ghns = networks(config), load_ghns(config.ghn)
     methods = _methods(config, ghns)
     settings = describe("predicted_parameters", config, without=("ghn", "trained", "out"))
-    records = Records.open(config.out, settings, ghns=ghns)
+    files = (
+        {}
+        if config.trained is None
+        else {
+            f"{SGD}: {name}": file
+            for name, _ in nets
+            if (file := parameters_file(config.trained, name)).exists()
+        }
+    )
+    records = Records.open(config.out, settings, ghns=ghns, trained=files)
     for method, parameters in methods.items():
         if method in records:
             continue

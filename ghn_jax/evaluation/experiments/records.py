@@ -7,7 +7,8 @@
 
 A record that is written stays: a run that is repeated computes what is missing. Processes that
 share a folder write files of their own, `records-<unit>.jsonl`; all of them are read. Records know
-a hypernetwork by its name; `hypernetworks.json` says what parameters each name stands for.
+hypernetworks and trained networks by their names; `parameters.json` says what parameters each name
+stands for.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import jax
 from ghn_jax.files.digest import DIGEST, digest_of_arrays, with_digest, without_digest
 from ghn_jax.files.json_file import parse_json, read_json
 from ghn_jax.files.replace import append, write_beside
+from ghn_jax.files.tensors import read_tensors
 from ghn_jax.hypernet.checkpoint import UNTRAINED
 from ghn_jax.hypernet.ghn import GHN
 
 TABLE = "table.md"  # of an experiment
 _SETTINGS = "settings.json"
-_HYPERNETWORKS = "hypernetworks.json"
+_PARAMETERS = "parameters.json"
 _RECORDS = re.compile(r"records.*\.jsonl")
 
 
@@ -55,28 +57,33 @@ def check_settings(
         raise ValueError(f"{where} has records with {changes}; give the same options, or {place}")
 
 
-def check_hypernetworks(folder: Path, ghns: Mapping[str, tuple[GHN, dict]]) -> None:
-    """Notes what parameters hypernetworks have; raises ValueError where a name had others.
+def check_parameters(
+    folder: Path, ghns: Mapping[str, tuple[GHN, dict]], trained: Mapping[str, Path]
+) -> None:
+    """Notes what parameters names stand for; raises ValueError where one stood for others.
 
     Args:
       folder: of records.
       ghns: name -> a hypernetwork and its variables, as of `load_ghns`.
+      trained: name -> a file of a trained network's parameters.
     """
-    path, known = folder / _HYPERNETWORKS, {}
+    path, known = folder / _PARAMETERS, {}
     if path.exists():
         known = read_json(path, "restore it, or give another folder")
         if not isinstance(known, dict):
-            raise ValueError(f"{path} names no hypernetworks; restore it, or give another folder")
+            raise ValueError(f"{path} names no parameters; restore it, or give another folder")
         known = without_digest(known, path)
     now = {
         name: digest_of_arrays(jax.tree.leaves(variables), "")
         for name, (_, variables) in ghns.items()
         if name != UNTRAINED  # always the same, but for rounding on another machine
     }
+    for name, file in trained.items():
+        now[name] = digest_of_arrays(jax.tree.leaves(read_tensors(file)[0]), "")
     changed = [repr(name) for name in now if known.get(name, now[name]) != now[name]]
     if changed:
-        raise ValueError(f"{folder} has records of {', '.join(changed)} with other parameters than "
-                         "now: trained on, or replaced; give another folder")  # fmt: skip
+        raise ValueError(f"{folder} was begun with other parameters of {', '.join(changed)}: they "
+                         "were trained on, or replaced; give another folder")  # fmt: skip
     if now.keys() - known.keys():
         write_beside(path, json.dumps(with_digest({**known, **now}), indent=1) + "\n")
 
@@ -127,6 +134,7 @@ class Records(Mapping[str, dict]):
         unit: str = "",
         *,
         ghns: Mapping[str, tuple[GHN, dict]] | None = None,
+        trained: Mapping[str, Path] | None = None,
     ) -> Records:
         """Opens a folder, or makes it.
 
@@ -134,11 +142,12 @@ class Records(Mapping[str, dict]):
           folder: of the experiment's results.
           settings: JSON-ready; what its records depend on. Kept in `settings.json`.
           unit: of a process that shares the folder with others.
-          ghns: those that records name, as of `load_ghns`.
+          ghns: hypernetworks that records name, as of `load_ghns`.
+          trained: files of trained networks' parameters, by the names that records have for them.
 
         Raises:
-          ValueError: the folder has records of other settings, of a hypernetwork whose parameters
-            were others, or a damaged one.
+          ValueError: the folder has records of other settings, of a hypernetwork or a network
+            whose parameters were others, or a damaged one.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +164,7 @@ class Records(Mapping[str, dict]):
                 raise ValueError(f"{folder} holds {', '.join(theirs)}, but no {_SETTINGS} of an "
                                  "experiment; give another folder")  # fmt: skip
             write_beside(path, json.dumps(with_digest(settings), indent=1) + "\n")
-        check_hypernetworks(folder, ghns or {})
+        check_parameters(folder, ghns or {}, trained or {})
         path = folder / (f"records-{unit}.jsonl" if unit else "records.jsonl")
         if path.exists():  # a last line that was cut off would spoil the next one
             content = path.read_bytes()

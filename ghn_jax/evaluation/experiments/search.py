@@ -214,6 +214,7 @@ def run(config: Config) -> list[Found]:
     ((ghn, variables),) = ghns.values()
     task = Task(ghn.num_classes, config.image_size)
     settings = describe("search", config, without=("num", "keep", "out"))
+    settings["networks"] = len(archs)
     scores = Records.open(config.out, settings, ghns=ghns)
 
     graphs = (ghn.graph(arch, image_size=config.image_size) for arch in archs)

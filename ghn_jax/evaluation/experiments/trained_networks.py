@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +38,13 @@ from ghn_jax.evaluation.accuracy import (
 )
 from ghn_jax.evaluation.experiments.cluster import ClusterConfig, run_units
 from ghn_jax.evaluation.experiments.kept_parameters import parameters_file, write_parameters
+from ghn_jax.evaluation.experiments.predicted_networks import load_ghns_for
 from ghn_jax.evaluation.experiments.records import Records, describe, write_beside
 from ghn_jax.evaluation.experiments.saved_state import SavedState
 from ghn_jax.evaluation.module_training import ModuleTraining
 from ghn_jax.evaluation.network_training import NetworkTraining
 from ghn_jax.evaluation.networks import Named, by_name, module_of, of_file, of_split
 from ghn_jax.evaluation.recipe import Recipe
-from ghn_jax.hypernet.ghn import GHN
 
 NEVER = 2.0  # convergence of a network that did not, as in the authors' results
 
@@ -85,6 +86,15 @@ def quick() -> Config:
 # --- One network ----------------------------------------------------------------------------------
 
 
+def check_recipe(recipe: Recipe, network: Architecture | str) -> None:
+    """Raises ValueError for a model of the zoo with drop path or an auxiliary head."""
+    if isinstance(network, str) and (recipe.auxiliary or recipe.drop_path):
+        raise ValueError(
+            f"{network} is no network of the design space, which drop path and the auxiliary head "
+            "are for; set both to 0"
+        )
+
+
 def training_of(
     engine: Engine, network: Architecture | str, recipe: Recipe, images: Images, seed: int
 ) -> NetworkTraining | ModuleTraining:
@@ -95,6 +105,7 @@ def training_of(
     """
     optimizer = recipe.optimizer(steps_per_epoch(images, recipe.batch_size))
     options: dict[str, Any] = dict(clip=recipe.clip, smoothing=recipe.smoothing, seed=seed)
+    check_recipe(recipe, network)
     if isinstance(network, Architecture):
         return NetworkTraining(
             engine, network, optimizer,
@@ -102,11 +113,6 @@ def training_of(
             image_size=images.image_size, drop_path=recipe.drop_path > 0,
             auxiliary=recipe.auxiliary, **options,
         )  # fmt: skip
-    if recipe.auxiliary or recipe.drop_path:
-        raise ValueError(
-            f"{network} is no network of the design space, which drop path and the auxiliary head "
-            "are for; set both to 0"
-        )
     module = module_of(network, images.task)
     return ModuleTraining(module, optimizer, image_size=images.image_size, **options)
 
@@ -182,7 +188,7 @@ def train_network(
     record |= {f"{name}_top1": {} for name in tests}
     if saved is not None and (found := saved.load(state)) is not None:
         state, record = found
-    first = len(record["loss"])
+    first = recipe.epochs if "diverged" in record else len(record["loss"])
     for epoch, batches in enumerate(_epochs(images, recipe, seed, first), first):
         start = time.perf_counter()
         losses, right = [], []
@@ -202,11 +208,12 @@ def train_network(
             for name, some in tests.items():
                 value = accuracy(training, state, some, recipe.batch_size)
                 record[f"{name}_top1"][str(epoch + 1)] = value
+        if not np.isfinite(record["loss"][-1]):  # it stays so
+            record["diverged"] = epoch + 1
         if saved is not None:
             saved.save(state, record)
         report(epoch + 1, record["train_top1"][-1])
-        if not np.isfinite(record["loss"][-1]):  # it stays so
-            record["diverged"] = epoch + 1
+        if "diverged" in record:
             break
     if "val" in tests:
         val = tests["val"]
@@ -266,13 +273,22 @@ def run(config: Config) -> list[dict]:
     train = _images(config, "train")
     steps_per_epoch(train, config.recipe.batch_size)
     todo = networks(config, train.image_size)
-    records = Records.open(config.out, settings(config), config.unit)
+    for _, network in todo:
+        check_recipe(config.recipe, network)
+    ghns = {} if config.ckpt is None else load_ghns_for([config.ckpt], train)
+    records = Records.open(config.out, settings(config), config.unit, ghns=ghns)
+    _check_architectures(todo, records, config.out)
     if config.cluster.cluster is not None:
         run_units(run, config, config.start, config.start + len(todo))
-        return _finish(config, todo, Records.open(config.out, settings(config)))
+        return _finish(config, todo, Records.open(config.out, settings(config), ghns=ghns))
     tests = {part: _images(config, part) for part in ("val", "test")}
-    ghn = None if config.ckpt is None else GHN.from_pretrained(config.ckpt)
-    missing = [(name, network) for name, network in todo if name not in records]
+    ghn = next(iter(ghns.values()), None)
+    missing = [
+        (name, network)
+        for name, network in todo
+        if name not in records
+        or (config.keep_parameters and not parameters_file(config.out, name).exists())
+    ]
     engine = Engine()
 
     def one(name: str, network: Architecture | str) -> dict:
@@ -296,9 +312,10 @@ def run(config: Config) -> list[dict]:
             noise=config.noise, seed=config.seed, saved=saved,
             keep=keep, report=lambda epoch, top1: epochs.update(),
         )  # fmt: skip
-        described = network if isinstance(network, str) else network.to_dict()
         count = sum(x.size for x in jax.tree.leaves(params))
-        records.add({"name": name, "architecture": described, "parameters": count, **record})
+        records.add(
+            {"name": name, "architecture": _described(network), "parameters": count, **record}
+        )
         saved.remove()
         return record
 
@@ -310,6 +327,21 @@ def run(config: Config) -> list[dict]:
         finally:  # after an error no other network is begun
             pool.shutdown(cancel_futures=True)
     return _finish(config, todo, records)
+
+
+def _described(network: Architecture | str) -> str | dict:
+    """What a record says of a network, JSON-ready."""
+    return network if isinstance(network, str) else json.loads(json.dumps(network.to_dict()))
+
+
+def _check_architectures(networks: list[Named], records: Records, folder: Path) -> None:
+    """Raises ValueError where a record is of another network of the same name."""
+    for name, network in networks:
+        if name in records and records[name]["architecture"] != _described(network):
+            raise ValueError(
+                f"{folder} has a record of another network that is called {name}; give another "
+                "folder, or rename it"
+            )
 
 
 def _finish(config: Config, todo: list[Named], records: Records) -> list[dict]:
