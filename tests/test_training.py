@@ -481,6 +481,9 @@ def test_a_run_goes_on_with_the_options_that_it_was_started_with(
     before = config(runs / "whole", runs, steps=6, resume=True)
     assert given == before.replace(out=run)
     loop.check(given)
+    # It is as long from now on.
+    with closing(loop.setup(given, digits).step):
+        assert train.parse(["--resume", "--out", str(run)]) == given
     # But where programs are kept is a matter of the machine.
     for words, kept in (([], "here"), (["--cache-dir", "there"], "there")):
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "here")

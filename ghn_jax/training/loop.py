@@ -169,11 +169,11 @@ class Run(NamedTuple):
 
 
 def setup(config: TrainConfig, images: Images, programs: Programs | None = None) -> Run:
-    """Makes a new run, or loads its last checkpoint; writes `config.json` of a new one."""
+    """Makes a new run, or loads its last checkpoint; writes `config.json`."""
     run = new_run(config, images, programs)
     if config.run.resume:
         run = at_checkpoint(run)
-    if jax.process_index() == 0 and (config.run.override or not config.run.resume):
+    if jax.process_index() == 0:
         _write_config(run.checkpoints, run.step.ghn, config, images.image_size, run.done)
     return run
 
@@ -251,12 +251,17 @@ def at_checkpoint(run: Run, upto: int | None = None) -> Run:
 def _write_config(
     checkpoints: Checkpoints, ghn: GHN, config: TrainConfig, image_size: int, done: int
 ) -> None:
-    """Writes `config.json`, with the options that have changed on the way."""
+    """Writes `config.json`, with the options that have changed on the way.
+
+    Of a run that goes on, too: how long it is to be may have changed.
+    """
     changes = []
     if config.run.resume:
         before = checkpoints.config()
-        found = differences(config, TrainConfig.read(before["training"]))
-        changes = [*before.get("changes", []), {"updates": done, "options": found}]
+        changes = before.get("changes", [])
+        if config.run.override:
+            found = differences(config, TrainConfig.read(before["training"]))
+            changes = [*changes, {"updates": done, "options": found}]
     checkpoints.write_config(
         ghn, training=config.describe(), image_size=image_size, changes=changes
     )
