@@ -1,15 +1,12 @@
 """Predicts all parameters of an unmodified Flax model and prints what became of each.
 
-    python examples/predict_any_model.py [--ghn DIR] [--model resnet50] [--image-size 32]
-
-Without a hypernetwork an untrained one is used: what it predicts is meaningless, the report is not.
+python examples/predict_any_model.py [--ghn GHN] [--model resnet50] [--image-size 32]
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +15,15 @@ import tyro
 import ghn_jax
 
 
-def main(ghn: Path | None = None, model: str = "resnet50", image_size: int = 32) -> None:
+def main(ghn: str = "ghn2-cifar10-small", model: str = "resnet50", image_size: int = 32) -> None:
     """Predicts the parameters of a model.
 
     Args:
-      ghn: folder of a trained hypernetwork (`ghn_jax.load_ghn`).
+      ghn: a folder or file, or a name; see `ghn_jax.from_pretrained`.
       model: a name of ghn_jax.zoo.
       image_size: height and width of the images, in pixels.
     """
-    if ghn is None:
-        hypernetwork = ghn_jax.GHN()
-        ghn_variables = hypernetwork.init_variables(seed=0)
-    else:
-        hypernetwork, ghn_variables = ghn_jax.load_ghn(ghn)
+    hypernetwork, ghn_variables = ghn_jax.from_pretrained(ghn)
     if model not in ghn_jax.zoo.MODELS:
         raise ValueError(f"no model {model!r}; allowed: {', '.join(ghn_jax.zoo.MODELS)}")
     # Any Linen module goes here, and any NNX module.

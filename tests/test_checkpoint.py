@@ -232,6 +232,8 @@ def test_checkpoints_before_one_that_is_damaged_are_saved(tmp_path, held):
     assert (tmp_path / "set_aside" / "14").is_dir()
     Checkpoints(tmp_path).save(14, 14, params=array)
     assert Checkpoints(tmp_path).load(params=array)[0] == 14
+    Checkpoints(tmp_path).save(13, 13, params=array)
+    assert {path.name for path in (tmp_path / "set_aside").iterdir()} == {"14", "14.1"}
 
 
 def test_what_is_not_saved_is_an_error(tmp_path, monkeypatch):

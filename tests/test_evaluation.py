@@ -26,6 +26,7 @@ from ghn_jax.evaluation.accuracy import (
 from ghn_jax.evaluation.networks import named_architectures
 from ghn_jax.hypernet.checkpoint import save_ghn
 from ghn_jax.hypernet.ghn import GHN
+from ghn_jax.training.config import preset
 
 SMALL = GHN(max_shape=(16, 16, 11, 11))
 
@@ -210,6 +211,24 @@ def test_the_program_writes_a_record_for_each_network(saved, tmp_path, capsys):
     assert record["name"] == "DARTS"
     printed = capsys.readouterr().out
     assert f"1 networks of named on digits (test): top-1 {record['top1']:.2%} ±" in printed
+
+
+def test_images_are_those_that_a_hypernetwork_was_trained_on(saved, tmp_path, capsys):
+    """Where it says so, and nothing else is asked for."""
+
+    def images(ghn, **options):
+        config = evaluate.as_trained(evaluate.EvalConfig(str(ghn), **options))
+        return config.dataset, config.image_size
+
+    assert images(saved) == ("cifar10", None)
+    assert images(saved, dataset="digits") == ("digits", None)
+    training = preset("demo").replace(image_size=20).describe()
+    save_ghn(tmp_path / "trained", SMALL, SMALL.init_variables(0), about={"training": training})
+    assert images(tmp_path / "trained") == ("digits", 20)
+    assert images(tmp_path / "trained", dataset="digits", image_size=24) == ("digits", 24)
+    assert capsys.readouterr().out == ""
+    assert images(tmp_path / "trained", dataset="cifar10") == ("cifar10", None)
+    assert "was trained on digits, and is evaluated on cifar10" in capsys.readouterr().out
 
 
 def test_the_program_goes_on_where_it_was(saved, tmp_path, monkeypatch):

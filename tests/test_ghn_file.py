@@ -108,6 +108,9 @@ def test_the_command_writes_one(tmp_path, variables):
     assert small.stat().st_size < 2.2 * sum(leaf.size for _, leaf in leaves(variables)) + 9000
     convert.main(["ghn", str(small), str(tmp_path / "again")])
     assert ghn_jax.load_ghn(tmp_path / "again")[0] == GHN
+    assert pretrained.about(tmp_path / "again") == {"training": training}
+    with pytest.raises(ValueError, match="x.ckpt ends in .ckpt; allowed"):
+        convert.main(["ghn", str(small), str(tmp_path / "x.ckpt")])
     with pytest.raises(ValueError, match="--half is for files of ours"):
         convert.main(["ghn", str(small), str(tmp_path / "x.pt"), "--half"])
 

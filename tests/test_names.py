@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import itertools
 import os
 import re
 import subprocess
@@ -10,12 +11,15 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 import ghn_jax
+from ghn_jax import zoo
 from ghn_jax.cli import predict
+from ghn_jax.data.images import load_images, train_batches
 from ghn_jax.hypernet.checkpoint import Checkpoints
 from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.interop.old_names import NAMES
@@ -207,6 +211,46 @@ def test_predicting_a_model(ckpt, tmp_path, capsys):
     predict.main(["--ckpt", str(ckpt), "--net", "resnet18", "--out", str(out)])
     assert "decoded" in capsys.readouterr().out
     assert safetensors.numpy.load_file(out)["conv1.weight"].shape == (64, 3, 3, 3)
+
+
+def test_running_statistics_of_a_predicted_model(ckpt, tmp_path, capsys):
+    """Without images they are not known, which is said; with them they are averages."""
+    plain, averaged = tmp_path / "plain.pth", tmp_path / "averaged.pt"
+    options = ["--ckpt", str(ckpt), "--net", "resnet18", "--out"]
+    predict.main([*options, str(plain)])
+    assert "Running statistics are not predicted" in capsys.readouterr().out
+    predict.main([*options, str(averaged), "--dataset", "digits", "--batches", "2"])
+    assert "Running statistics are not predicted" not in capsys.readouterr().out
+    model, images = zoo.resnet18(), load_images("digits", "train", image_size=32)
+    variables = ghn_jax.from_torch(read_torch(plain), model)
+    batches = [x for x, _ in itertools.islice(train_batches(images, 64, seed=0), 2)]
+    expected = ghn_jax.average_statistics(model, variables, batches)
+    found = ghn_jax.from_torch(read_torch(averaged), model)
+    jax.tree.map(np.testing.assert_array_equal, found["params"], expected["params"])
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("a.npz", [], "a.npz ends in .npz; allowed: .pt, .pth, .safetensors, or a folder"),
+        ("a.pt", ["--to", "flax"], "has PyTorch's names; give NAME.safetensors with --to flax"),
+        ("a", ["--dataset", "digits"], "--dataset needs a file"),
+        ("a.pt", ["--dataset", "digits", "--batches", "0"], "--batches is 0; allowed: 1 or more"),
+        ("a.pt", ["--dataset", "digts"], "digts"),
+    ],
+)
+def test_what_is_written_is_said_before_it_is_predicted(ckpt, tmp_path, out, options, message):
+    with pytest.raises(ValueError, match=message):
+        predict.main(["resnet18", "--ckpt", str(ckpt), "--out", str(tmp_path / out), *options])
+    assert not (tmp_path / out).exists()
+
+
+def test_networks_of_the_design_space_have_no_running_statistics(ckpt, tmp_path):
+    options = ["--split", "test", "--out", str(tmp_path / "a.pt"), "--dataset", "digits"]
+    with pytest.raises(ValueError, match="--dataset is for models of the zoo"):
+        predict.main(["--ckpt", str(ckpt), *options])
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,15 @@ def test_inputs_that_are_no_images_are_told(ghn):
     assert any("(2, 12) is not a batch of images" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    ("shape", "noted"), [((1, 3, 16, 16), True), ((1, 16, 16, 3), False), ((1, 3, 4, 3), False)]
+)
+def test_images_in_the_order_of_pytorch_are_noted(ghn, shape, noted):
+    sample = jax.ShapeDtypeStruct(shape, jnp.float32)
+    _, report = ghn_jax.predict_model(*ghn, nn.Conv(4, (1, 1)), sample)
+    assert any("PyTorch's order is (B, C, H, W)" in note for note in report.notes) == noted
+
+
 def test_predictions_are_differentiable(ghn):
     class Tiny(nn.Module):
         @nn.compact

@@ -452,7 +452,8 @@ def test_converting_networks(tmp_path):
     write_torch(to_torch(params, arch), tmp_path / "a.pt")
     run(*net, tmp_path / "a.pt", tmp_path / "b")
     run(*net, tmp_path / "b", tmp_path / "c.safetensors")
-    run(*net, tmp_path / "c.safetensors", tmp_path / "d.pt")
+    run(*net, tmp_path / "c.safetensors", tmp_path / "flax.safetensors", "--to", "flax")
+    run(*net, tmp_path / "flax.safetensors", tmp_path / "d.pt")
     same(dict(read_torch(tmp_path / "d.pt")), to_torch(params, arch))
 
 

@@ -28,8 +28,7 @@ from ghn_jax.evaluation.experiments.records import Records, write_beside
 from ghn_jax.evaluation.model_card import Wanted, measure, table
 from ghn_jax.evaluation.networks import by_name, of_rules
 from ghn_jax.files.digest import digest_of_arrays
-from ghn_jax.interop.pretrained import about, from_pretrained
-from ghn_jax.training.config import TrainConfig
+from ghn_jax.interop.pretrained import from_pretrained, training_options
 from ghn_jax.zoo.adapt import SMALLEST
 
 PROG = "ghn-card"
@@ -44,7 +43,8 @@ class CardConfig:
     dataset: str | None = None  # of the images; default: the one that it was trained on
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
     unseen: int = 100  # networks of its training rules
-    networks: tuple[str, ...] = ("DARTS", "PDARTS", "ViT", "resnet18", "resnet50")  # or the zoo's
+    # DARTS, PDARTS, ViT, and models of ghn_jax.zoo, which are compiled, each for minutes
+    networks: tuple[str, ...] = ("DARTS", "PDARTS", "ViT", "resnet18", "resnet50")
     width: int = 32  # initial channels of DARTS, PDARTS and ViT
     batches: int = 200  # of 64 training images, that batch norm's statistics are averaged over
     out: Path = Path("runs/card")  # folder for records, table and picture
@@ -60,13 +60,12 @@ def main(arguments: Sequence[str]) -> None:
             raise ValueError(f"--{name} is {getattr(config, name)}; allowed: {least} or more")
     known = by_name(config.networks, config.width)
     ghn, variables = from_pretrained(config.ghn)
-    described = about(config.ghn).get("training")
-    if described is None:
+    trained = training_options(config.ghn)
+    if trained is None:
         raise ValueError(
             f"{config.ghn} does not say what rules it was trained by; ghn-eval evaluates it on the "
             "splits of DeepNets-1M"
         )
-    trained = TrainConfig.read(described)
     dataset = config.dataset or trained.data.dataset
     options = {"data_dir": config.data_dir, "image_size": trained.data.image_size}
     training, test = (load_images(dataset, part, **options) for part in ("train", "test"))
@@ -107,6 +106,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         from ghn_jax.plot.charts import accuracy_bars  # matplotlib is of an extra
     except ModuleNotFoundError:
+        print("there is no picture: it needs matplotlib, pip install '.[plot]' or '.[all]'")
         return
     compared = [r for r in found if "top1_random" in r]
     if compared:

@@ -6,9 +6,9 @@
     ghn-convert network resnet50 weights resnet50.pt # predicted -> state dict
     ghn-convert network arch.json weights.pt weights # state dict -> ours
 
-What a path is, its name tells: `.pt` and `.safetensors` are PyTorch's names and layouts (of the
-latter Flax's with `--to flax`), anything else is a folder of Orbax's. Nothing that exists is
-overwritten.
+What a path is, its name tells: `.pt`, `.pth` and `.safetensors` are PyTorch's names and layouts (of
+the latter Flax's with `--to flax`), a name without an ending is a folder of Orbax's. Nothing that
+exists is overwritten.
 """
 
 from __future__ import annotations

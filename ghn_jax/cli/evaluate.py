@@ -31,7 +31,7 @@ from ghn_jax.evaluation.networks import by_name, of_split
 from ghn_jax.files.digest import digest_of_arrays, with_digest, without_digest
 from ghn_jax.files.json_file import read_json
 from ghn_jax.files.replace import write_beside
-from ghn_jax.interop.pretrained import from_pretrained
+from ghn_jax.interop.pretrained import from_pretrained, training_options
 
 PROG = "ghn-eval"
 
@@ -41,11 +41,14 @@ class EvalConfig:
     """What to evaluate, on what."""
 
     ghn: Annotated[str, tyro.conf.arg(aliases=["--ckpt"])]  # a folder or file, or a name
-    dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH
+    # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH; default: the one that it
+    # was trained on, and cifar10 where it does not say
+    dataset: str | None = None
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
-    image_size: int | None = None  # pixels that images are resized to; default: the dataset's own
-    split: str = "test"  # val, test, wide, deep, dense, bnfree; predefined: ResNet-50 and ViT;
-    # named: DARTS, PDARTS and ViT at a small width
+    image_size: int | None = None  # pixels that images are resized to; default: as it was trained
+    # val, test, wide, deep, dense, bnfree; predefined: ResNet-50 and ViT; named: DARTS, PDARTS and
+    # ViT at a small width
+    split: str = "test"
     num: int = 20  # architectures of the split, from its first
     nets: Path | None = None  # official DeepNets-1M HDF5 to take the split from
     width: int | None = None  # initial channels; default: each architecture's own (named: 32)
@@ -89,6 +92,19 @@ def check(config: EvalConfig) -> None:
         raise ValueError(f"--out is {config.out}, but its folder does not exist; make it first")
 
 
+def as_trained(config: EvalConfig) -> EvalConfig:
+    """The options with a dataset, and its images as large as the hypernetwork was trained on."""
+    trained = training_options(config.ghn)
+    if trained is None:
+        return dataclasses.replace(config, dataset=config.dataset or "cifar10")
+    data, dataset, size = trained.data, config.dataset or trained.data.dataset, config.image_size
+    if dataset != data.dataset:
+        print(f"{config.ghn} was trained on {data.dataset}, and is evaluated on {dataset}")
+    elif size is None:
+        size = data.image_size
+    return dataclasses.replace(config, dataset=dataset, image_size=size)
+
+
 def settings(config: EvalConfig, variables) -> dict[str, Any]:
     """What records depend on, JSON-ready; they say so themselves."""
     names = ("dataset", "image_size", "split", "nets", "width", "batch_size", "random", "seed")
@@ -124,6 +140,7 @@ def main(arguments: Sequence[str]) -> None:
     keep_programs(config.cache_dir)
     keep_memory()
     ghn, variables = from_pretrained(config.ghn)
+    config = as_trained(config)
     # Hyperparameters are chosen on held-out training images, the rest is tested on test images.
     part = "val" if config.split == "val" else "test"
     images = load_images(

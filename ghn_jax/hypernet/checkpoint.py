@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import logging
-import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +192,9 @@ class Checkpoints:
             aside = self.path / _SET_ASIDE
             aside.mkdir(exist_ok=True)
             for after in later:
-                shutil.rmtree(aside / str(after), ignore_errors=True)
-                (self.path / _CHECKPOINTS / str(after)).rename(aside / str(after))
+                names = (f"{after}.{i}" if i else str(after) for i in itertools.count())
+                free = next(aside / name for name in names if not (aside / name).exists())
+                (self.path / _CHECKPOINTS / str(after)).rename(free)
         if any_later and several:
             multihost_utils.sync_global_devices(f"later checkpoints than {step} are set aside")
         return any_later
@@ -355,13 +356,16 @@ def _check(path: Path, name: str, expected: Any, found: Any) -> None:
         )
 
 
-def save_ghn(path: str | Path, ghn: GHN, variables: Any) -> None:
+def save_ghn(
+    path: str | Path, ghn: GHN, variables: Any, *, about: Mapping[str, Any] | None = None
+) -> None:
     """Saves a hypernetwork to a new folder.
 
     Args:
       path: a folder that does not exist yet, or is empty.
       ghn: the module.
       variables: {'params': ...} of it.
+      about: JSON-ready; what it says about itself (`ghn_jax.interop.pretrained.about`).
 
     Raises:
       FileExistsError: the folder holds something already; it is left as it is.
@@ -372,7 +376,7 @@ def save_ghn(path: str | Path, ghn: GHN, variables: Any) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; give a new folder to save_ghn")
     checkpoints = Checkpoints(path)
-    checkpoints.write_config(ghn)
+    checkpoints.write_config(ghn, **(about or {}))
     checkpoints.save(0, 0, params=variables["params"])
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
+from flax.traverse_util import unflatten_dict
 
 from ghn_jax.deepnets1m.architecture import Architecture
 from ghn_jax.deepnets1m.graph import Graph, build_graph
@@ -25,12 +26,27 @@ from ghn_jax.training.config import PLACES
 from ghn_jax.zoo import MODELS, Model
 
 Framework = Literal["torch", "flax"]
-_TORCH = (".pt", ".safetensors")
+_PICKLES = (".pt", ".pth")  # as PyTorch writes them
+_TORCH = (*_PICKLES, ".safetensors")
 _Path = Annotated[Path, tyro.conf.Positional]
 
 
-def check_new(target: Path) -> None:
-    """Raises FileExistsError or FileNotFoundError unless something new can be written there."""
+def check_target(target: Path, to: Framework = "torch") -> None:
+    """Raises an error unless something new can be written there.
+
+    Args:
+      target: a file or a folder.
+      to: whose names and layouts it is to have.
+
+    Raises:
+      FileExistsError, FileNotFoundError: there is something, or no folder for it.
+      ValueError: a name that is none of a file of this program, or not of that framework's.
+    """
+    if target.suffix not in (*_TORCH, ""):
+        raise ValueError(f"{target} ends in {target.suffix}; allowed: .pt, .pth, .safetensors, or "
+                         "a folder, whose name has no ending")  # fmt: skip
+    if to == "flax" and target.suffix in _PICKLES:
+        raise ValueError(f"{target} has PyTorch's names; give NAME.safetensors with --to flax")
     if target.exists():
         raise FileExistsError(f"{target} exists already; give a new name")
     if not target.absolute().parent.is_dir():
@@ -57,7 +73,7 @@ def convert_ghn(source: _Path, target: _Path, to: Framework = "torch", half: boo
       to: whose names and layouts a .safetensors file gets; a .pt file is PyTorch's, a folder ours.
       half: a file of ours in half precision.
     """
-    check_new(target)
+    check_target(target, to)
     ours = target.suffix == ".safetensors" and to == "flax"
     if half and not ours:
         raise ValueError("--half is for files of ours: NAME.safetensors --to flax")
@@ -67,7 +83,7 @@ def convert_ghn(source: _Path, target: _Path, to: Framework = "torch", half: boo
     elif target.suffix in _TORCH:
         save_torch_ghn(ghn, variables, target)
     else:
-        save_ghn(target, ghn, variables)
+        save_ghn(target, ghn, variables, about=_without_places(about(source)))
 
 
 def read_network(net: str, num_classes: int, image_size: int) -> Architecture | Model:
@@ -104,7 +120,10 @@ def _read_variables(path: Path, network: Graph | Model) -> dict:
     """A network's variables from a file, or its parameters from a folder."""
     is_graph = isinstance(network, Graph)
     if path.suffix in _TORCH:
-        variables = from_torch(_read_arrays(path), network)
+        arrays = _read_arrays(path)
+        if any(name.startswith("params/") for name in arrays):  # Flax's names
+            return unflatten_dict(arrays, sep="/")
+        variables = from_torch(arrays, network)
         return {"params": variables} if is_graph else variables
     like = abstract_params(network) if is_graph else abstract_variables(network)["params"]
     return Checkpoints(path).load(params=like)[2]
@@ -116,24 +135,26 @@ def convert_network(
     target: _Path,
     num_classes: int = 10,
     image_size: int = 32,
+    to: Framework = "torch",
 ) -> None:
     """Converts the parameters of a network.
 
     Args:
       net: a model of `ghn_jax.zoo` (resnet50), or a JSON file with an architecture
         (`Architecture.to_dict`).
-      source: its parameters: a state dict, or a folder written by this program (which has no
-        running statistics).
+      source: its parameters: a state dict, a .safetensors file with Flax's names, or a folder
+        written by this program (which has no running statistics).
       target: the file or folder to write.
       num_classes: classes of the network.
       image_size: height and width of its images, in pixels.
+      to: whose names and layouts a .safetensors file gets; a .pt is PyTorch's, a folder Flax's.
     """
-    check_new(target)
+    check_target(target, to)
     _check_there(source)
     network = read_network(net, num_classes, image_size)
     if isinstance(network, Architecture):
         network = build_graph(network, 1, num_classes=num_classes, image_size=image_size)
-    write_network(_read_variables(source, network), network, target)
+    write_network(_read_variables(source, network), network, target, to)
 
 
 def write_network(
@@ -154,7 +175,7 @@ def write_network(
     params = variables["params"]
     # Checks names and shapes.
     arrays = to_torch(params if isinstance(network, Graph) else variables, network)
-    if target.suffix == ".pt":
+    if target.suffix in _PICKLES:
         write_torch(arrays, target)
     elif target.suffix == ".safetensors" and to == "flax":
         leaves = jax.tree_util.tree_leaves_with_path(variables)

@@ -13,6 +13,7 @@ from ghn_jax.hypernet.ghn import GHN
 from ghn_jax.hypernet.ghn_file import is_ghn_file, read_about, read_ghn_file
 from ghn_jax.interop.joblib_file import is_joblib
 from ghn_jax.interop.torch_ghn import is_safetensors, load_torch_ghn
+from ghn_jax.training.config import TrainConfig
 
 _SHIPPED = Path(__file__).parents[1] / "pretrained"  # NAME.safetensors, and its card, NAME.md
 _SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -92,6 +93,16 @@ def about(source: str | Path) -> dict[str, Any]:
     if path.is_dir():
         return {k: v for k, v in Checkpoints(path).config().items() if k != "ghn"}
     return read_about(path) if is_ghn_file(path) else {}
+
+
+def training_options(source: str | Path) -> TrainConfig | None:
+    """What a hypernetwork was trained with; None if it does not say.
+
+    Raises:
+      FileNotFoundError, ValueError: as `from_pretrained`.
+    """
+    described = about(source).get("training")
+    return TrainConfig.read(described) if described else None
 
 
 def from_pretrained(source: str | Path) -> tuple[GHN, dict]:

@@ -102,6 +102,11 @@ def predict_model(
             f"the input {tuple(sample.shape)} is not a batch of images (B, H, W, C), which "
             "hypernetworks are trained for"
         )
+    elif sample.shape[1] <= 4 < sample.shape[3]:
+        notes.append(
+            f"the input {tuple(sample.shape)} has {sample.shape[3]} channels; PyTorch's order is "
+            "(B, C, H, W), Flax's (B, H, W, C)"
+        )
     graph, why = _head(reading.graph, reading.outputs, ghn.num_classes, keep_head)
     if not graph.classifier:
         notes.append("no linear layer alone makes the output; no node is a classifier")

@@ -42,9 +42,8 @@ class DataConfig:
 class SpaceConfig:
     """Architectures (§ 3, Appendix A)."""
 
-    nets: Path | None = (
-        None  # file to take architectures from: DeepNets-1M's HDF5, or JSON, name -> one
-    )
+    # file to take architectures from: DeepNets-1M's HDF5, or JSON, name -> one
+    nets: Path | None = None
     training_architectures: int | None = None  # how many there are (Fig. 3); default: no end
     meta_batch: int = 8  # architectures in an update (b_m, § 4.3)
     widths: tuple[int, ...] = RULES["train"].widths  # initial channels to choose from
@@ -165,9 +164,8 @@ class RunConfig:
     """Where and how training runs."""
 
     out: Path = Path("runs/ghn2")  # folder for checkpoints, metrics.jsonl and train.log
-    resume: bool = (
-        False  # go on from the last checkpoint in `out`; `--resume auto`: if there is one
-    )
+    # go on from the last checkpoint in `out`; `--resume auto`: if there is one
+    resume: bool = False
     override: bool = False  # go on with other options than the run was started with
     replay: int | None = None  # instead of training, repeat this update of bad_updates.jsonl
     seed: int = 0  # of parameters, images, architectures and dropout

@@ -23,11 +23,10 @@ from ghn_jax.engine.compilation import CompilationCounter
 from ghn_jax.engine.engine import Engine
 from ghn_jax.evaluation.accuracy import logits_of
 from ghn_jax.hypernet.ghn import GHN
-from ghn_jax.interop.pretrained import about, from_pretrained
+from ghn_jax.interop.pretrained import from_pretrained, training_options
 from ghn_jax.interop.torch_network import to_torch
 from ghn_jax.tracing.model_graph import trace_once
 from ghn_jax.tracing.prediction import predict_model
-from ghn_jax.training.config import TrainConfig
 from ghn_jax.web.networks import check_size
 from ghn_jax.web.trial import Tester, Trial
 from ghn_jax.zoo.adapt import SMALLEST
@@ -176,16 +175,6 @@ class Predictor:
         return found, seconds
 
 
-def training_of(source: str) -> TrainConfig | None:
-    """The options that a hypernetwork was trained with, None where nothing says so.
-
-    Raises:
-      FileNotFoundError, ValueError: there is none, it is damaged, or of another version.
-    """
-    described = about(source).get("training")
-    return TrainConfig.read(described) if described else None
-
-
 def open_predictor(source: str, dataset: str | None, data_dir: str | None) -> Predictor:
     """The predictor of a hypernetwork, on the test images of a dataset.
 
@@ -202,7 +191,7 @@ def open_predictor(source: str, dataset: str | None, data_dir: str | None) -> Pr
       ValueError: one of them is damaged, or they do not fit.
     """
     ghn, variables = from_pretrained(source)
-    training = training_of(source)
+    training = training_options(source)
     if dataset is None and training is None:
         raise ValueError(f"{source} does not say what it was trained on; give --dataset")
     size = None

@@ -30,8 +30,8 @@ _POLL = 1.0  # seconds between looks at jobs
 class ClusterConfig:
     """Where networks are computed."""
 
-    cluster: Literal["slurm", "local"] | None = None  # jobs of Slurm or of this machine; default:
-    # none, everything in this process
+    # jobs of Slurm or of this machine; default: none, everything in this process
+    cluster: Literal["slurm", "local"] | None = None
     unit_size: int = 10  # networks in a job
     jobs: int = 8  # that run at once, at most
     minutes: int = 240  # a job may take; then it is requeued, and goes on
