@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from ghn_jax.data.images import load_images
+from ghn_jax.data.images import Images, load_images, steps_per_epoch
 from ghn_jax.engine.engine import Engine
 from ghn_jax.engine.programs import Programs
 from ghn_jax.evaluation.accuracy import summary
@@ -94,23 +94,36 @@ class Options:
     out: Path = Path("runs/bench/recipes")  # folder for hypernetworks and what was measured
 
 
-def config_of(options: Options, change: str, seed: int) -> TrainConfig:
-    """How a hypernetwork is trained."""
+def config_of(options: Options, images: Images, change: str, seed: int) -> TrainConfig:
+    """How a hypernetwork is trained.
+
+    Raises:
+      ValueError: it cannot be, in so few updates.
+    """
     base = preset(options.preset)
     if options.narrow:
         base = base.replace(**{name: preset("digits").options()[name] for name in NARROW})
     # The learning rate falls at the same share of the run.
-    share = options.steps / (base.data.steps or options.steps)
+    per_epoch = steps_per_epoch(images, base.data.batch_size)
+    share = options.steps / (base.data.steps or base.data.epochs * per_epoch)
     scaled = tuple(round(e * share) for e in base.optimiser.decay_epochs)
     base = base.replace(
         data_dir=options.data_dir, steps=options.steps, decay_epochs=scaled, seed=seed,
         validate_every=max(1, options.steps // options.points), validate_nets=8,
         save_every=options.steps, out=options.out / f"{change} {seed}",
     )  # fmt: skip
-    return base.replace(**CHANGES[change])
+    config = base.replace(**CHANGES[change])
+    per_epoch = steps_per_epoch(images, config.data.batch_size)
+    try:
+        config.optimiser.rate(per_epoch, options.steps)
+    except ValueError as error:
+        raise ValueError(f"{change!r}: {error}; or give more --steps") from None
+    return config
 
 
-def measure(config: TrainConfig, images, test, nets: int, programs: Programs) -> dict:
+def measure(
+    config: TrainConfig, images: Images, test: Images, nets: int, programs: Programs
+) -> dict:
     """Trains a hypernetwork, or goes on, and evaluates it."""
     trained = train_ghn(config, images, programs)
     lines = (config.run.out / "metrics.jsonl").read_text().splitlines()
@@ -146,16 +159,19 @@ def main(options: Options) -> None:
     dataset = preset(options.preset).data.dataset
     images, test = (load_images(dataset, s, data_dir=options.data_dir) for s in ("train", "test"))
     settings = {k: getattr(options, k) for k in ("preset", "narrow", "steps", "points", "nets")}
+    configs = {
+        (seed, change): config_of(options, images, change, seed)
+        for seed in options.seeds
+        for change in options.changes
+    }
     records = Records.open(options.out, settings)
     with closing(Programs()) as programs:
-        for seed in options.seeds:
-            for change in options.changes:
-                name = f"{change} {seed}"
-                if name not in records:
-                    config = config_of(options, change, seed)
-                    record = measure(config, images, test, options.nets, programs)
-                    records.add({"name": name, "change": change, "seed": seed, **record})
-                    print(json.dumps(records[name]), flush=True)
+        for (seed, change), config in configs.items():
+            name = f"{change} {seed}"
+            if name not in records:
+                record = measure(config, images, test, options.nets, programs)
+                records.add({"name": name, "change": change, "seed": seed, **record})
+                print(json.dumps(records[name]), flush=True)
     chosen = [r for c in options.changes for r in records.values() if r["change"] == c]
     print(table(chosen))
 
