@@ -1,5 +1,6 @@
 """Commands that the documentation and docstrings tell people to type: each is understood."""
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -73,3 +74,34 @@ def test_every_experiment_is_in_the_table_of_the_paper():
     page = (ROOT / "docs" / "paper.md").read_text()
     named = set(re.findall(r"`ghn-paper ([a-z0-9-]+)", page))
     assert named == {*paper.EXPERIMENTS} - {"all"}
+
+
+def unexplained(file: Path) -> set[str]:
+    """Options of a file's configuration that have no comment; tyro shows one as their help."""
+    text, found = file.read_text(), set()
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef) and (
+            node.name.endswith("Config") or file.stem == "recipe"
+        ):
+            for field in node.body:
+                groups = isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation)
+                if not groups or groups.endswith("Config") or groups == "Recipe":
+                    continue
+                line, above = lines[field.end_lineno - 1], lines[field.lineno - 2].strip()
+                if "#" not in line and not above.startswith("#"):
+                    found.add(ast.unparse(field.target))
+    return found
+
+
+def test_every_option_is_explained(tmp_path):
+    (tmp_path / "a.py").write_text("class Config:\n    a: int = 1\n    b: int = 2  # so many\n")
+    assert unexplained(tmp_path / "a.py") == {"a"}
+    files = [
+        *ROOT.glob("ghn_jax/cli/*.py"),
+        *ROOT.glob("ghn_jax/evaluation/experiments/*.py"),
+        ROOT / "ghn_jax/training/config.py",
+        ROOT / "ghn_jax/evaluation/recipe.py",
+    ]
+    found = {file.name: unexplained(file) for file in files}
+    assert not any(found.values()), found

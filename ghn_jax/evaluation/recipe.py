@@ -14,7 +14,7 @@ class Recipe:
     """Training of one network; the defaults are the paper's for CIFAR-10."""
 
     optimiser: Literal["sgd", "adam"] = "sgd"  # of the networks; sgd has momentum 0.9
-    learning_rate: float = 0.025
+    learning_rate: float = 0.025  # of the first update
     weight_decay: float = 3e-4  # L2, on all parameters
     batch_size: int = 96  # images in an update
     epochs: int = 50  # passes over the training images

@@ -102,7 +102,7 @@ class OptimiserConfig:
     """Adam, its learning rate falling in steps (§ 5.1), GHN-3's AdamW with a cosine, or Muon."""
 
     optimiser: Literal["adam", "adamw", "muon"] = "adam"  # muon: of matrices; of the rest, AdamW
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # at its highest; Adam 1e-3, Muon 2e-3
     weight_decay: float = 1e-5  # L2, added to the gradient; with adamw and muon, to the update
     clip: float = 5.0  # largest global norm of the gradient
     schedule: Literal["steps", "cosine"] = "steps"  # cosine: to 0 at the last update

@@ -36,6 +36,7 @@ class Config:
     dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
     image_size: int | None = None  # pixels that images are resized to; default: the dataset's own
+    # of DeepNets-1M, whose networks are evaluated; predefined: ResNet-50 and ViT
     splits: tuple[str, ...] = ("test", "wide", "deep", "dense", "bnfree", "predefined")
     start: int = 0  # first of all networks, split after split
     stop: int | None = None  # one behind the last; default: all

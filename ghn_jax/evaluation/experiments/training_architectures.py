@@ -44,6 +44,7 @@ class Config:
     dataset: str = "cifar10"  # digits, cifar10, imagenet2012, tfds:NAME, folder:, npz: or idx:PATH
     data_dir: str | None = None  # folder of TFDS datasets; default: TFDS_DATA_DIR
     steps: int | None = None  # updates; default: the preset's
+    # of DeepNets-1M, whose networks are evaluated; predefined: ResNet-50 and ViT
     splits: tuple[str, ...] = ("test", "wide", "deep", "dense", "bnfree")
     unseen: int | None = None  # evaluate on so many networks of the training rules, not on splits
     seed: int = 0  # of training
