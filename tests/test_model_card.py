@@ -41,7 +41,7 @@ def batches():
 
 def logits_by(run, network, params, batches):
     if run is _averaging_engine:
-        return run(network, params, iter(batches), Engine())
+        return run(network, params, iter(batches), len(batches[0]), Engine())
     return run(network, params, iter(batches), 32)
 
 
@@ -105,6 +105,20 @@ def test_a_card_by_one_command(tmp_path, capsys):
     write_ghn_file(other, ghn, ghn.init_variables(1), about={"training": trained.describe()})
     with pytest.raises(ValueError, match="has records with card of"):
         card.main(["--ghn", str(other), *options[2:]])
+
+
+def test_a_card_on_few_images(tmp_path, capsys):
+    """Fewer than batch norm takes statistics of, as a rule."""
+    rng = np.random.default_rng(0)
+    data = {"images": rng.integers(0, 255, (100, 32, 32, 3)), "labels": np.arange(100) % 10}
+    np.savez(tmp_path / "few.npz", **{k: v.astype(np.uint8) for k, v in data.items()})
+    trained = preset("demo").replace(image_size=32, dataset=f"npz:{tmp_path / 'few.npz'}")
+    ghn = trained.ghn(Task(10, 32))
+    file = tmp_path / "small.safetensors"
+    write_ghn_file(file, ghn, ghn.init_variables(0), about={"training": trained.describe()})
+    card.main(["--ghn", str(file), "--unseen", "0", "--networks", "DARTS", "--width", "8",
+               "--batches", "1", "--out", str(tmp_path / "card")])  # fmt: skip
+    assert "| DARTS |" in capsys.readouterr().out
 
 
 def test_options_that_cannot_work(tmp_path):

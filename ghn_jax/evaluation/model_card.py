@@ -49,13 +49,13 @@ class Wanted(NamedTuple):
 
 
 def _averaging_engine(
-    network: Network, params: Mapping, batches: Iterable[np.ndarray], engine: Engine
+    network: Network, params: Mapping, batches: Iterable[np.ndarray], size: int, engine: Engine
 ) -> Callable[[np.ndarray], jax.Array]:
     """Images -> logits on averaged statistics, by the engine, which compiles no network."""
     wiring = network.wiring()
     plan, running = make_plan(wiring), make_plan(wiring, running=True)
     weights = jax.device_put(weights_of(plan, params), engine.whole)
-    on_batch, averaged = (engine.prepare(p, BATCH, gradient=False) for p in (plan, running))
+    on_batch, averaged = (engine.prepare(p, size, gradient=False) for p in (plan, running))
     mean: dict[str, jax.Array] = {}
     for count, images in enumerate(batches, start=1):
         _, trace = engine.forward(on_batch, weights, images)
@@ -94,13 +94,14 @@ def averaged_accuracy(
       batches: of training images, to average over.
       engine: runs networks of the design space.
     """
-    some = itertools.islice(train_batches(training, BATCH, seed=0), batches)
+    size = min(BATCH, len(training), len(test))
+    some = itertools.islice(train_batches(training, size, seed=0), batches)
     seen = (images for images, _ in some)
     if isinstance(module, Network):
-        logits = _averaging_engine(module, params, seen, engine)
+        logits = _averaging_engine(module, params, seen, size, engine)
     else:
         logits = _averaging_module(module, params, seen, test.image_size)
-    return accuracy_of(logits, test, BATCH).top1
+    return accuracy_of(logits, test, size).top1
 
 
 def measure(
@@ -129,7 +130,8 @@ def measure(
         candidates = [params]
         if random:
             candidates.append(random_parameters(module, test.image_size, seed=0))
-        found = evaluate_network(module, *candidates, images=test, batch_size=BATCH, engine=engine)
+        size = min(BATCH, len(test))
+        found = evaluate_network(module, *candidates, images=test, batch_size=size, engine=engine)
         record = {
             "name": name,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -195,9 +195,9 @@ def open_predictor(source: str, dataset: str | None, data_dir: str | None) -> Pr
     if dataset is None and training is None:
         raise ValueError(f"{source} does not say what it was trained on; give --dataset")
     size = None
-    if dataset is None:
-        assert training is not None
+    if training is not None and dataset in (None, training.data.dataset):
         dataset, size = training.data.dataset, training.data.image_size
+    assert dataset is not None
     load = functools.partial(load_images, dataset, "test", data_dir=data_dir)
     images = load(image_size=size)
     if images.num_classes != ghn.num_classes:
