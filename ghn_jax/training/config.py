@@ -73,7 +73,9 @@ class SpaceConfig:
 class ModelConfig:
     """The hypernetwork (§ 4, B): where it begins, and the attributes of `hypernet.ghn.GHN`."""
 
-    init: Path | None = None  # hypernetwork to go on from: folder, file or name; with its options
+    # hypernetwork to go on from: folder, file or name; with its options. Another --seed than it had
+    # gives other architectures than it was trained on
+    init: Path | None = None
     identity: float = 0.0  # at the start, on the diagonals of kernels: layers hand channels on
     encoder: str = "gatedgnn"  # or graphormer (GHN-3), or mlp: no messages between nodes
     decoder: str = "conv"  # or lowrank, lowrank_1d (LoGAH), or mlp: that of vanilla GHNs
