@@ -17,7 +17,7 @@ from ghn_jax.hypernet import presets
 from ghn_jax.hypernet.ghn import count_parameters
 from ghn_jax.hypernet.tiling import weight_scale
 from ghn_jax.training import loop
-from ghn_jax.training.config import preset
+from ghn_jax.training.config import TrainConfig, preset
 from ghn_jax.training.run_folder import check_same
 from ghn_jax.training.update import MetaStep
 
@@ -169,3 +169,14 @@ def test_options_that_a_schedule_needs(tmp_path):
     with pytest.raises(ValueError, match=r"--steps 300 \(now 400\)"):
         check_same(cosine.replace(steps=400), cosine)
     check_same(config.replace(steps=400), config)
+
+
+def test_a_run_of_before_has_neutral_values_of_options_that_came_later():
+    """Not those of its preset, which has them by now."""
+    described = preset("demo").describe()
+    for name in ("identity", "tile_size", "average"):
+        del described[name]
+    found = TrainConfig.read({**described, "optimiser": "adam"})
+    expected = preset("demo").replace(identity=0.0, tile_size=None, average=0.0, optimiser="adam")
+    assert found == expected
+    assert preset("demo").model.identity == 2
