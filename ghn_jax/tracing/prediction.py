@@ -38,6 +38,11 @@ from ghn_jax.tracing.report import (
 )
 
 
+def _channels(graph: Graph) -> int | None:
+    """How many channels the first layer that has a kernel reads."""
+    return next((shape[1] for shape in graph.param_shapes if shape and len(shape) > 1), None)
+
+
 def predict_model(
     ghn: GHN,
     ghn_variables,
@@ -102,7 +107,7 @@ def predict_model(
             f"the input {tuple(sample.shape)} is not a batch of images (B, H, W, C), which "
             "hypernetworks are trained for"
         )
-    elif sample.shape[1] <= 4 < sample.shape[3]:
+    elif sample.shape[1] <= 4 < sample.shape[3] == _channels(reading.graph):
         notes.append(
             f"the input {tuple(sample.shape)} has {sample.shape[3]} channels; PyTorch's order is "
             "(B, C, H, W), Flax's (B, H, W, C)"
