@@ -35,7 +35,6 @@ _PARTS: dict[str, dict] = {
     "warm-up": {"warmup_epochs": 2},
     "long warm-up": {"warmup_epochs": 6},
     "warm-up, 4e-3": {"warmup_epochs": 2, "learning_rate": 4e-3},
-    "warm-up, four architectures": {"warmup_epochs": 2, "meta_batch": 4},
     "warm-up, cosine": {"schedule": "cosine", "warmup_epochs": 2},
     "5e-4": {"learning_rate": 5e-4},
     "1e-3": {"learning_rate": 1e-3},

@@ -108,7 +108,8 @@ def test_where_a_run_began(tmp_path, training, seed, identity):
     described = {"ghn": {}} | ({} if training is None else {"training": training})
     (tmp_path / "config.json").write_text(json.dumps(described))
     ghn = GHN(max_shape=(8, 8, 3, 3), features=8)
-    found = activations._begin(tmp_path, ghn, 3)["params"]
+    start = activations._start(tmp_path, 3)
+    found = activations._begin(ghn, *start)["params"]
     expected = ghn.init_variables(seed)["params"]
     bias = found["decoder"]["conv_1"].pop("bias") - expected["decoder"]["conv_1"].pop("bias")
     np.testing.assert_allclose(bias.reshape(8, 8), identity * np.eye(8), atol=1e-6)

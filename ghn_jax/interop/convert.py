@@ -26,8 +26,8 @@ from ghn_jax.training.config import PLACES
 from ghn_jax.zoo import MODELS, Model
 
 Framework = Literal["torch", "flax"]
-_PICKLES = (".pt", ".pth")  # as PyTorch writes them
-_TORCH = (*_PICKLES, ".safetensors")
+_STATE_DICTS = (".pt", ".pth")  # as PyTorch writes them
+_TORCH = (*_STATE_DICTS, ".safetensors")
 _Path = Annotated[Path, tyro.conf.Positional]
 
 
@@ -45,7 +45,7 @@ def check_target(target: Path, to: Framework = "torch") -> None:
     if target.suffix not in (*_TORCH, ""):
         raise ValueError(f"{target} ends in {target.suffix}; allowed: .pt, .pth, .safetensors, or "
                          "a folder, whose name has no ending")  # fmt: skip
-    if to == "flax" and target.suffix in _PICKLES:
+    if to == "flax" and target.suffix in _STATE_DICTS:
         raise ValueError(f"{target} has PyTorch's names; give NAME.safetensors with --to flax")
     if target.exists():
         raise FileExistsError(f"{target} exists already; give a new name")
@@ -175,7 +175,7 @@ def write_network(
     params = variables["params"]
     # Checks names and shapes.
     arrays = to_torch(params if isinstance(network, Graph) else variables, network)
-    if target.suffix in _PICKLES:
+    if target.suffix in _STATE_DICTS:
         write_torch(arrays, target)
     elif target.suffix == ".safetensors" and to == "flax":
         leaves = jax.tree_util.tree_leaves_with_path(variables)

@@ -14,6 +14,7 @@ before their training only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,23 +64,26 @@ def quick() -> Config:
                   out=Path("runs/quick/activations"))  # fmt: skip
 
 
-def _begin(source: Path, ghn: GHN, seed: int) -> dict | None:
-    """The variables that a run started from, as far as its folder tells.
+def _start(source: Path, seed: int) -> tuple[int, float] | None:
+    """The seed and the identity that a run started with, as far as its folder tells.
 
     Args:
-      source: of the hypernetwork: a folder, a file or a name.
-      ghn: the hypernetwork.
+      source: of a hypernetwork: a folder, a file or a name.
       seed: if the folder does not tell its own.
 
     Returns:
-      The variables; None of a file, and where the run went on from another hypernetwork.
+      Both; None of a file, and where the run went on from another hypernetwork.
     """
     training = Checkpoints(source).config().get("training", {}) if source.is_dir() else None
     if training is None or training.get("model", training).get("init") is not None:
         return None
-    seed = training.get("run", training).get("seed", seed)
+    return training.get("run", training).get("seed", seed), training.get("identity", 0.0)
+
+
+def _begin(ghn: GHN, seed: int, identity: float) -> dict:
+    """The variables of a hypernetwork before its training."""
     params = ghn.init_variables(seed)["params"]
-    return {"params": near_identity(ghn, params, training.get("identity", 0.0))}
+    return {"params": near_identity(ghn, params, identity)}
 
 
 def _hypernetworks(
@@ -100,10 +104,10 @@ def _hypernetworks(
         }
     found: dict[str, tuple[GHN, Callable[[], Any]]] = {}
     for folder, (name, (ghn, variables)) in zip(config.ghn, loaded.items(), strict=True):
-        if (begin := _begin(folder, ghn, config.seed)) is None:
+        if (start := _start(folder, config.seed)) is None:
             print(f"{name} does not tell where its training began: that is left out")
         else:
-            found[f"{name}, {BEGIN}"] = ghn, lambda begin=begin: begin
+            found[f"{name}, {BEGIN}"] = ghn, functools.partial(_begin, ghn, *start)
         found[f"{name}, {TRAINED}"] = ghn, lambda variables=variables: variables
     return found
 

@@ -57,7 +57,7 @@ def check_settings(
         raise ValueError(f"{where} has records with {changes}; give the same options, or {place}")
 
 
-def check_parameters(
+def _check_parameters(
     folder: Path, ghns: Mapping[str, tuple[GHN, dict]], trained: Mapping[str, Path]
 ) -> None:
     """Notes what parameters names stand for; raises ValueError where one stood for others.
@@ -164,7 +164,7 @@ class Records(Mapping[str, dict]):
                 raise ValueError(f"{folder} holds {', '.join(theirs)}, but no {_SETTINGS} of an "
                                  "experiment; give another folder")  # fmt: skip
             write_beside(path, json.dumps(with_digest(settings), indent=1) + "\n")
-        check_parameters(folder, ghns or {}, trained or {})
+        _check_parameters(folder, ghns or {}, trained or {})
         path = folder / (f"records-{unit}.jsonl" if unit else "records.jsonl")
         if path.exists():  # a last line that was cut off would spoil the next one
             content = path.read_bytes()
